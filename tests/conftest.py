@@ -1,0 +1,24 @@
+"""What every test may rely on: no network, one thread per worker, and no clock in property tests."""
+
+import os
+import shutil
+
+# Before torch, tokenizers or huggingface_hub are first imported, here and in processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers share the cores
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("house", deadline=None)  # shared machines: an example may be slow for no reason
+settings.load_profile("house")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if shutil.which("nvidia-smi") is None:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))

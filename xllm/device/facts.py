@@ -1,0 +1,77 @@
+"""What the machine is, torch-free: the front end resolves its configuration before any engine process exists."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from xllm.config.facts import DeviceFacts
+from xllm.core.errors import ConfigError
+
+_CGROUP = Path("/sys/fs/cgroup")
+_SHOWN_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
+
+
+def measure(name: str) -> DeviceFacts:
+    """Facts of the device called `name`; "auto" takes the best there is. Raises ConfigError for an unknown one."""
+    name = "cpu" if name == "auto" else name
+    if name not in FACTS:
+        raise ConfigError(f"device {name!r} is not known; known: {', '.join(FACTS)}")
+    return FACTS[name]()
+
+
+def cpu_facts() -> DeviceFacts:
+    memory = psutil.virtual_memory()
+    total, free = memory.total, memory.available
+    limit, used = _cgroup_memory()
+    if limit is not None:
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    cores = _cores()
+    model, flags = _cpu_model()
+    description = f"{cores} core{'s' if cores > 1 else ''} of {model}" + (f" ({' '.join(flags)})" if flags else "")
+    return DeviceFacts(name="cpu", description=description, cores=cores, total_bytes=total, free_bytes=free)
+
+
+FACTS: dict[str, Callable[[], DeviceFacts]] = {"cpu": cpu_facts}
+
+
+def _cores() -> int:
+    """Physical cores this process may use: hyper-threads share the units a matrix product needs."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    logical, physical = psutil.cpu_count() or allowed, psutil.cpu_count(logical=False) or allowed
+    cores = max(1, allowed * physical // logical) if allowed > 1 else 1
+    quota = _cgroup_cpus()
+    return max(1, min(cores, int(quota))) if quota is not None else cores
+
+
+def _cgroup_cpus() -> float | None:
+    try:
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _cgroup_memory() -> tuple[int | None, int]:
+    """-> (limit or None, in use without what the kernel would give back)."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit == "max":
+            return None, 0
+        used = int((_CGROUP / "memory.current").read_text())
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        return int(limit), max(0, used - int(stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return None, 0
+
+
+def _cpu_model() -> tuple[str, list[str]]:
+    try:
+        lines = dict(
+            (k.strip(), v.strip()) for k, v in (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        )
+    except OSError:
+        return "an unknown processor", []
+    known = lines.get("flags", lines.get("Features", "")).split()
+    return lines.get("model name", "an unknown processor"), [f for f in _SHOWN_FLAGS if f in known]

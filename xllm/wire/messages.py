@@ -1,0 +1,119 @@
+"""Every message between a front end and an engine core, and its bytes.
+
+A frame is one version byte followed by the msgpack of one tagged struct. A peer of another version is refused with
+a sentence; nothing is guessed. Messages are immutable, so the in-memory channel passes them as they are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from xllm.core.errors import XllmError
+from xllm.core.output import SequenceOutput
+from xllm.core.sampling import SamplingParams
+from xllm.core.stats import SchedulerStats
+
+VERSION = 1
+
+
+class WireError(XllmError):
+    """Bytes that are not a message of this version."""
+
+    type = "wire_error"
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    pass
+
+
+# ---- front end -> engine core
+
+
+class Submit(_Message, frozen=True):
+    """One sequence to generate. The core answers with SequenceOutputs, exactly one of them terminal."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    params: SamplingParams
+    priority: int = 0
+    deadline_s: float | None = None  # from now; order "deadline" sorts by it
+    cache_salt: str = ""
+
+
+class Abort(_Message, frozen=True):
+    request_ids: Sequence[str]
+
+
+class ResetPrefixCache(_Message, frozen=True):
+    call_id: int
+
+
+class Shutdown(_Message, frozen=True):
+    pass
+
+
+# ---- engine core -> front end
+
+
+class Loading(_Message, frozen=True):
+    """Start-up news: `done` of `total` bytes of `what`, or only a sentence when total is 0."""
+
+    what: str
+    done: int = 0
+    total: int = 0
+
+
+class Ready(_Message, frozen=True):
+    """The engine takes requests. `seconds` is the start-up time by part."""
+
+    seconds: dict[str, float] = {}
+
+
+class Outputs(_Message, frozen=True):
+    """News of one engine turn."""
+
+    outputs: Sequence[SequenceOutput]
+    stats: SchedulerStats
+
+
+class Heartbeat(_Message, frozen=True):
+    """Sent a few times a second by a thread of its own. `progress` grows as long as work advances."""
+
+    progress: int
+    busy: bool
+    stats: SchedulerStats | None = None
+
+
+class Reply(_Message, frozen=True):
+    call_id: int
+    value: Any = None
+
+
+class Fault(_Message, frozen=True):
+    """The engine cannot go on; the process ends after this."""
+
+    reason: str
+
+
+ToEngine = Submit | Abort | ResetPrefixCache | Shutdown
+FromEngine = Loading | Ready | Outputs | Heartbeat | Reply | Fault
+Message = ToEngine | FromEngine
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Message)
+_PREFIX = bytes([VERSION])
+
+
+def encode(message: Message) -> bytes:
+    return _PREFIX + _encoder.encode(message)
+
+
+def decode(frame: bytes) -> Message:
+    """Raises WireError for an empty frame, another version, or bytes that are no message."""
+    if not frame or frame[0] != VERSION:
+        raise WireError(f"peer speaks wire version {frame[0] if frame else 'none'}, this is version {VERSION}")
+    try:
+        return _decoder.decode(memoryview(frame)[1:])
+    except msgspec.MsgspecError as e:
+        raise WireError(f"not a message of wire version {VERSION}: {e}") from e
