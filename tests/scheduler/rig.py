@@ -1,0 +1,195 @@
+"""A scheduler, a pool and a fake executor, with everything checked after every move."""
+
+from collections import defaultdict
+from typing import Any
+
+from tests.scheduler.fake_executor import FakeExecutor, alone
+from xllm.config.decided import SchedulerConfig
+from xllm.core.output import Finish, SequenceOutput
+from xllm.core.plan import StepPlan
+from xllm.core.request import Request
+from xllm.core.sampling import SamplingParams
+from xllm.kv.pool import BlockPool
+from xllm.scheduler.scheduler import Scheduler
+
+DEFAULTS: dict[str, Any] = {
+    "max_model_len": 64,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "chunked_prefill": True,
+    "long_prefill_token_threshold": 0,
+    "batching": "chunked",
+    "order": "fcfs",
+    "admission": "optimistic",
+    "depth": 2,
+}
+
+
+def config(**changes: Any) -> SchedulerConfig:
+    return SchedulerConfig(**{**DEFAULTS, **changes})
+
+
+def request(
+    id: str,
+    prompt: list[int],
+    max_tokens: int | None = 4,
+    *,
+    arrival: float = 0.0,
+    params: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Request:
+    fields.setdefault("max_total_tokens", 10**6)
+    fields.setdefault("seed", 1)
+    sampling = SamplingParams(max_tokens=max_tokens, **(params or {}))
+    return Request(id=id, prompt_token_ids=prompt, params=sampling, arrival=arrival, **fields)
+
+
+class Rig:
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        prefix_caching: bool = True,
+        burst: int = 1,
+        step_s: float = 0.01,
+        check_every: bool = True,
+        **changes: Any,
+    ):
+        self.config = config(**changes)
+        self.pool = BlockPool(num_blocks, block_size, prefix_caching)
+        self.scheduler = Scheduler(self.config, self.pool)
+        self.executor = FakeExecutor(block_size, burst)
+        self.now = 0.0
+        self.step_s = step_s
+        self.check_every = check_every  # move; else only at the end, for long runs
+        self.added: dict[str, Request] = {}
+        self.outputs: dict[str, list[SequenceOutput]] = defaultdict(list)
+        self.plans: list[StepPlan] = []
+
+    # moves
+
+    def add(self, request: Request) -> Request:
+        self.scheduler.add(request)
+        self.added[request.id] = request
+        self.executor.salts[request.id] = request.cache_salt
+        self.check()
+        return request
+
+    def plan(self) -> StepPlan | None:
+        """Plan and submit one step, if there is one."""
+        self.now += self.step_s
+        plan = self.scheduler.plan(self.now)
+        if plan is not None:
+            self.check_plan(plan)
+            self.executor.submit(plan)
+            self.plans.append(plan)
+        self.check()
+        return plan
+
+    def apply(self) -> list[SequenceOutput]:
+        """Take in the result of the oldest step in flight, if there is one."""
+        if not self.executor.queue:
+            return []
+        return self.take(self.scheduler.apply(self.executor.result(), self.now))
+
+    def abort(self, request_id: str) -> SequenceOutput | None:
+        output = self.scheduler.abort(request_id)
+        self.take([output] if output else [])
+        return output
+
+    def fail_all(self, reason: str = "the device fell off the bus") -> list[SequenceOutput]:
+        self.executor.queue.clear()
+        return self.take(self.scheduler.fail_all(reason))
+
+    def turn(self) -> list[SequenceOutput]:
+        """One turn of the engine's loop."""
+        plan = self.plan() if len(self.executor.queue) < self.config.depth else None
+        if self.executor.queue and (len(self.executor.queue) == self.config.depth or plan is None):
+            return self.apply()
+        assert plan is not None or not self.scheduler.has_work, (
+            "requests live, but nothing runs or can be planned"
+        )
+        return []
+
+    def drain(self, turns: int = 5000) -> "Rig":
+        while self.scheduler.has_work:
+            turns -= 1
+            assert turns > 0, "requests starve"
+            self.turn()
+        self.scheduler.audit()
+        assert self.pool.usage == 0
+        return self
+
+    def run(self, *requests: Request) -> "Rig":
+        for one in requests:
+            self.add(one)
+        return self.drain()
+
+    # what came out
+
+    def take(self, outputs: list[SequenceOutput]) -> list[SequenceOutput]:
+        for output in outputs:
+            so_far = self.outputs[output.request_id]
+            assert output.request_id in self.added
+            assert not so_far or so_far[-1].finish is None, "news after the end"
+            so_far.append(output)
+        self.check()
+        return outputs
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [token for output in self.outputs[request_id] for token in output.token_ids]
+
+    def finish(self, request_id: str) -> Finish | None:
+        return self.outputs[request_id][-1].finish if self.outputs[request_id] else None
+
+    def check_outputs(self) -> None:
+        """Every request ended once, with what it outputs alone (or the beginning of it, where it was cut short)."""
+        for id, request in self.added.items():
+            expected, finish = alone(request)
+            tokens = self.tokens(id)
+            if self.finish(id) in (Finish.ABORT, Finish.ERROR):
+                assert tokens == expected[: len(tokens)], id
+            else:
+                assert (tokens, self.finish(id)) == (expected, finish), id
+            self._check_logprobs(request, tokens)
+            assert (self.outputs[id][-1].error is not None) == (self.finish(id) is Finish.ERROR)
+
+    def _check_logprobs(self, request: Request, tokens: list[int]) -> None:
+        outputs = self.outputs[request.id]
+        if request.params.logprobs is not None and self.executor.burst == 1:
+            assert [row.token_ids[0] for output in outputs for row in output.logprobs] == tokens
+        if request.params.prompt_logprobs is not None:
+            found = [row.token_ids[0] for output in outputs for row in output.prompt_logprobs]
+            expected = request.prompt_token_ids[1:]
+            assert found == (expected if tokens else expected[: len(found)])
+        else:
+            assert not any(output.prompt_logprobs for output in outputs)
+
+    # invariants
+
+    def check_plan(self, plan: StepPlan) -> None:
+        assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
+        assert len(set(plan.slots)) == len(plan.slots) <= self.config.max_num_seqs
+        assert all(0 <= slot < self.config.max_num_seqs for slot in plan.slots)
+        assert len(plan.slots) == len(plan.starts) == len(plan.counts) == len(plan.samples)
+        assert {new.slot for new in plan.new} <= set(plan.slots)
+        assert not {new.slot for new in plan.new} & {slot for slot, _ in plan.appended}
+
+    def check(self) -> None:
+        scheduler = self.scheduler
+        if not self.check_every and scheduler.has_work:
+            return
+        scheduler.audit()
+        assert scheduler.num_running <= self.config.max_num_seqs
+        assert self.config.admission != "no_eviction" or scheduler.stats().preemptions == 0
+        tables = {slot: list(row.blocks) for slot, row in self.executor.rows.items()}
+        for plan in self.executor.queue:
+            for new in plan.new:
+                tables[new.slot] = list(new.blocks)
+            for slot, blocks in plan.appended:
+                tables[slot] += blocks
+            for block in self.executor.writes(plan, tables):
+                assert not self.pool.is_available(block), (
+                    "a step in flight writes a block that may be handed out"
+                )

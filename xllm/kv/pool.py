@@ -1,0 +1,206 @@
+"""Who holds which KV block. Integers only: the memory itself belongs to the executor.
+
+Every block is in exactly one state:
+
+    free       nobody's, nameless; the next to be handed out
+    reusable   nobody's, but its KV is known to the prefix index; evicted least recently used first
+    held       someone counts on it: requests that share it, or steps in flight that may still write it
+
+The trick that makes overlap safe is that a release *after step n* leaves its reference in place until `settle(n)`.
+So a block that a submitted step writes cannot be handed out, a prefix hit on it is an ordinary second reference, and
+nobody has to ask what is in flight. Not thread-safe: it belongs to the scheduler's thread.
+"""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+
+from xllm.kv.index import PrefixIndex
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens. Hot operations are O(1) per block and allocate no objects per block."""
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True):
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} x {block_size}")
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self.index = PrefixIndex(num_blocks)
+        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 first, then what was freed last
+        self._references = [0] * num_blocks  # holders, those that leave after a step included
+        self._leaving = [0] * num_blocks  # of the references, those that end when a step settles
+        self._departures: deque[tuple[int, Sequence[int]]] = deque()  # (step, blocks), steps ascending
+        self._num_returning = 0  # blocks all of whose references are leaving
+
+        # statistics, ever growing
+        self.queried_tokens = 0
+        self.hit_tokens = 0
+        self.evictions = 0
+
+    # how full it is
+
+    @property
+    def num_available(self) -> int:
+        """Blocks `allocate` can hand out now: free and reusable ones."""
+        return len(self._free) + self.index.num_shelved
+
+    @property
+    def num_returning(self) -> int:
+        """Blocks that become available by themselves once the steps in flight have run."""
+        return self._num_returning
+
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that is held, 0 to 1. Reusable blocks do not count: they cost nobody anything."""
+        return 1.0 - self.num_available / self.num_blocks
+
+    # taking
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks with one reference each, or None (and nothing done) where fewer are available."""
+        if count > self.num_available:
+            return None
+        free, references = self._free, self._references
+        blocks = []
+        for _ in range(count):
+            if free:
+                block = free.pop()
+            else:
+                block = self.index.evict()
+                self.evictions += 1
+            references[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def match(self, names: Sequence[bytes], limit: int | None = None) -> list[int]:
+        """Blocks of the longest cached prefix of `names`, at most `limit`; not yet held: see `share`."""
+        return self.index.find(names, limit) if self.prefix_caching else []
+
+    def num_reusable(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` are reusable: sharing them makes that many fewer available."""
+        references = self._references
+        return sum(references[block] == 0 for block in blocks)
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more reference to each of `blocks`, as `match` found them. A free block cannot be shared: ValueError."""
+        references, leaving = self._references, self._leaving
+        for block in blocks:
+            if references[block] == 0:
+                if not self.index.is_shelved(block):
+                    raise ValueError(f"block {block} is free: there is nothing in it to share")
+                self.index.unshelve(block)
+            elif references[block] == leaving[block]:
+                self._num_returning -= 1
+            references[block] += 1
+
+    # giving back
+
+    def release(self, blocks: Sequence[int], after: int | None = None) -> None:
+        """End one reference to each block of a sequence, in table order; with `after`, when that step settles.
+
+        None means at once: nothing in flight can touch them. Of a sequence, the tail becomes the least recently
+        used, so that eviction eats prefixes last. `ValueError` where a block has no reference left to end, or where
+        `after` lies before an earlier one; nothing is done then.
+        """
+        self._check_releasable(blocks, after)
+        references, leaving = self._references, self._leaving
+        if after is None:
+            for block in reversed(blocks):
+                self._drop(block)
+                if references[block] == leaving[block] > 0:
+                    self._num_returning += 1
+            return
+        for block in blocks:
+            leaving[block] += 1
+            if leaving[block] == references[block]:
+                self._num_returning += 1
+        self._departures.append((after, tuple(blocks)))
+
+    def settle(self, step: int) -> None:
+        """Steps up to `step` have run: what was to leave after them leaves."""
+        departures, leaving = self._departures, self._leaving
+        while departures and departures[0][0] <= step:
+            for block in reversed(departures.popleft()[1]):
+                if leaving[block] == self._references[block] == 1:
+                    self._num_returning -= 1
+                leaving[block] -= 1
+                self._drop(block)
+
+    def _check_releasable(self, blocks: Sequence[int], after: int | None) -> None:
+        if len(set(blocks)) != len(blocks):
+            raise ValueError("a block stands twice in what is released")
+        for block in blocks:
+            if self._references[block] == self._leaving[block]:
+                raise ValueError(f"block {block} is released more often than it is held")
+        if after is not None and self._departures and after < self._departures[-1][0]:
+            raise ValueError(
+                f"released after step {after}, but others after step {self._departures[-1][0]} already"
+            )
+
+    def _drop(self, block: int) -> None:
+        self._references[block] -= 1
+        if self._references[block] == 0:
+            if self.index.name_of(block) is None:
+                self._free.append(block)
+            else:
+                self.index.shelve(block)
+
+    # the prefix cache
+
+    def publish(self, block: int, name: bytes) -> bool:
+        """From now on `match` finds `block` under `name`. Steps run in order, so a block may be published as soon as
+        the step that fills it is planned. False where caching is off or the name (or the block) is taken."""
+        if not self.prefix_caching:
+            return False
+        if self._references[block] == 0:
+            raise ValueError(f"block {block} is not held: its content is nobody's to publish")
+        return self.index.add(block, name)
+
+    def withdraw(self, block: int) -> None:
+        """The content of a held block is not to be trusted: nobody new shall find it."""
+        if self._references[block] == 0:
+            raise ValueError(f"block {block} is not held")
+        self.index.remove(block)
+
+    def count_lookup(self, queried: int, hit: int) -> None:
+        """Account one request's lookup, in tokens."""
+        self.queried_tokens += queried
+        self.hit_tokens += hit
+
+    def reset_cache(self) -> None:
+        """Forget all names. Held blocks stay held and become free, not reusable, in the end."""
+        self._free.extend(reversed(self.index.clear()))
+
+    # integrity
+
+    def is_available(self, block: int) -> bool:
+        return self._references[block] == 0
+
+    def audit(self, holders: Iterable[Sequence[int]] = ()) -> None:
+        """Raise `AssertionError` with a sentence on any inconsistency. `holders` are all live block tables. O(blocks)."""
+        self.index.audit()
+        held = Counter(block for table in holders for block in table)
+        leaving = Counter(block for _, blocks in self._departures for block in blocks)
+        free = Counter(self._free)
+        for block in range(self.num_blocks):
+            references = self._references[block]
+            if references != held[block] + leaving[block]:
+                raise AssertionError(
+                    f"block {block} counts {references} references, but {held[block]} sequences hold it and "
+                    f"{leaving[block]} releases wait for it"
+                )
+            if leaving[block] != self._leaving[block]:
+                raise AssertionError(
+                    f"block {block}: {self._leaving[block]} releases counted, {leaving[block]} waiting"
+                )
+            states = free[block] + self.index.is_shelved(block) + (references > 0)
+            if states != 1:
+                raise AssertionError(
+                    f"block {block} is in {states} states; free, reusable or held is one each"
+                )
+            if free[block] and self.index.name_of(block) is not None:
+                raise AssertionError(f"block {block} is free but has a name")
+        returning = sum(r > 0 and r == m for r, m in zip(self._references, self._leaving, strict=True))
+        if returning != self._num_returning:
+            raise AssertionError(f"{self._num_returning} blocks counted as returning, {returning} are")

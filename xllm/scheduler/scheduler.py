@@ -1,0 +1,348 @@
+"""Who runs next and how many tokens: the one place that writes requests and decides about slots, blocks and endings.
+
+Pure: no I/O, no clock of its own, no torch. The engine feeds it events (`add`, `abort`, `apply`, `fail_all`) and asks it
+for steps (`plan`); every request that `add` accepted ends with exactly one output that has `finish` set.
+"""
+
+from collections import deque
+
+from xllm.config.decided import SchedulerConfig
+from xllm.core.errors import EngineFault, InvalidRequest
+from xllm.core.output import Finish, SequenceOutput
+from xllm.core.plan import StepPlan, StepResult
+from xllm.core.request import Phase, Request
+from xllm.core.stats import SchedulerStats
+from xllm.kv.pool import BlockPool
+from xllm.scheduler import outcome, policies
+from xllm.scheduler.admission import Demand
+from xllm.scheduler.batching import Load, Stage
+from xllm.scheduler.intake import check_config, check_request
+from xllm.scheduler.running import RunningSet
+from xllm.scheduler.step import InFlight, StepBuilder
+from xllm.scheduler.tables import NEVER, BlockTables
+from xllm.scheduler.waiting import WaitingQueue
+
+
+class Scheduler:
+    """Continuous batching over `pool`. `ConfigError` where the configuration cannot work.
+
+    A request waits, then runs: prefilling while known tokens are left to compute, then decoding. Steps in flight are
+    remembered in order until their result is applied; any number may be.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: BlockPool):
+        check_config(config)
+        self.config = config
+        self.pool = pool
+        self._batching = policies.load("batching", policies.BATCHING, config.batching)
+        self._order = policies.load("order", policies.ORDER, config.order)
+        self._admission = policies.load("admission", policies.ADMISSION, config.admission)
+        self._chunk = config.long_prefill_token_threshold or config.max_num_batched_tokens
+
+        self._requests: dict[str, Request] = {}  # all that live
+        self._waiting = WaitingQueue()
+        self._running = RunningSet(config.max_num_seqs)
+        self._tables = BlockTables(pool)
+        self._in_flight: deque[InFlight] = deque()
+
+        self._step = 0  # number of the last plan
+        self._arrivals = 0
+        self._burst = 1  # most tokens one step has brought one sequence
+        self._decode_starved = 0  # see Load
+        self._prefill_starved = 0
+        self._preemptions = 0
+        self._prompt_tokens = 0
+        self._generation_tokens = 0
+        self._step_tokens = 0
+
+    # events
+
+    def add(self, request: Request) -> None:
+        """Queue a new request. `InvalidRequest` where it can never run here; nothing is kept of it then."""
+        if request.id in self._requests:
+            raise InvalidRequest(f"a request called {request.id!r} is already here")
+        check_request(request, self.config, self.pool)
+        self._arrivals += 1
+        request.rank = (self._order(request), self._arrivals)
+        self._requests[request.id] = request
+        self._waiting.push(request)
+
+    def abort(self, request_id: str) -> SequenceOutput | None:
+        """End a request wherever it stands and return its terminal output; None where no such request lives (any more).
+
+        Its results in flight will be dropped, its blocks freed once the steps in flight have run.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return None
+        self._unlist(request)
+        return self._end(request, Finish.ABORT)
+
+    def fail_all(self, reason: str) -> list[SequenceOutput]:
+        """The executor failed as a whole: end every request with an error and forget what the cache holds.
+
+        Steps in flight count as over; the caller sees to it that none still runs or is applied later.
+        """
+        self._in_flight.clear()
+        self.pool.settle(self._step)
+        self._waiting = WaitingQueue()
+        self._running.clear()
+        outputs = [self._end(request, Finish.ERROR, reason) for request in list(self._requests.values())]
+        self.pool.reset_cache()
+        return outputs
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes. What runs keeps its blocks and finishes, but publishes nothing more: after a change
+        of weights, KV of before must not serve requests of after."""
+        self.pool.reset_cache()
+        for request in self._running:
+            request.num_published = NEVER
+
+    # the next step
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step, or None where nothing can run before a result is applied or a request added."""
+        may_admit = self._make_room()
+        builder = StepBuilder(self.config.max_num_batched_tokens, self._tables)
+        load = Load(
+            len(self._running.decoding), self.config.max_num_seqs, self._decode_starved, self._prefill_starved
+        )
+        begun: list[Request] = []  # their prompt ends in this step; they decode from the next
+        stages = self._batching(load)
+        for stage in stages:
+            if stage is Stage.DECODE:
+                self._decode(builder)
+            else:
+                self._prefill(builder, begun, may_admit, now)
+        if not builder.requests and Stage.PREFILL not in stages:
+            self._prefill(builder, begun, may_admit, now)
+        self._running.decoding += begun
+        if not builder.requests:
+            return None
+        return self._submit(builder)
+
+    def _submit(self, builder: StepBuilder) -> StepPlan:
+        prefilled = builder.num_prefill_tokens
+        self._prefill_starved = (
+            0 if prefilled or not (self._running.prefilling or self._waiting) else self._prefill_starved + 1
+        )
+        self._prompt_tokens += prefilled
+        self._step_tokens = self.config.max_num_batched_tokens - builder.budget
+        self._step += 1
+        step = builder.build(self._step)
+        self._in_flight.append(step)
+        return step.plan
+
+    def _decode(self, builder: StepBuilder) -> None:
+        decoding = self._running.decoding
+        turns = builder.decode(decoding)
+        if turns < len(decoding):
+            self._decode_starved += 1
+            self._running.pass_turns(turns)
+        else:
+            self._decode_starved = 0
+
+    def _prefill(self, builder: StepBuilder, begun: list[Request], may_admit: bool, now: float) -> None:
+        """Spend the budget on prompts in order of rank, those already begun and those admitted now alike."""
+        prefilling = self._running.prefilling
+        i = 0
+        while builder.budget > 0:
+            request = prefilling[i] if i < len(prefilling) else None
+            head = self._waiting.head if may_admit else None
+            if head is not None and (request is None or head.rank < request.rank):
+                may_admit = self._admit(head, builder, now)
+                if may_admit and builder.prefill(head, self._chunk):
+                    begun.append(head)
+                elif may_admit:
+                    self._running.begin(head)
+                    i += 1
+            elif request is None:
+                return
+            elif builder.prefill(request, self._chunk):
+                del prefilling[i]
+                begun.append(request)
+            else:
+                i += 1
+
+    def _admit(self, request: Request, builder: StepBuilder, now: float) -> bool:
+        """Let the head of the queue run if a slot and memory are there. Nobody overtakes a head that has to wait."""
+        if not self._running.has_slot:
+            return False
+        tables = self._tables
+        hits = tables.find(request)
+        cached = len(hits) * self.pool.block_size
+        if not self.config.chunked_prefill and request.num_known - cached > builder.budget:
+            return False
+        demand = Demand(
+            now=tables.blocks_for(request.num_known) - len(hits),
+            at_worst=tables.at_most(request) - len(hits),
+            available=self.pool.num_available - self.pool.num_reusable(hits),
+            running=self.num_running,
+            promised=tables.promised,
+        )
+        if not self._admission(demand):
+            return False
+        self._waiting.pop()
+        tables.take(request, hits)
+        self._running.seat(request)
+        if request.first_scheduled is None:
+            request.first_scheduled = now
+            request.num_cached_tokens = cached
+            self.pool.count_lookup(request.num_known, cached)
+        builder.introduce(request)
+        return True
+
+    # memory pressure
+
+    def _make_room(self) -> bool:
+        """Preempt, last in rank first, until the next decode step of everybody left has its blocks: now, or once the
+        steps in flight have run. Nothing is planned yet, so nobody loses a place in this step.
+
+        False where somebody has to wait for blocks: nobody new may take any then.
+        """
+        pool = self.pool
+        if len(self._running.decoding) * self._tables.blocks_for(self._burst) <= pool.num_available:
+            return True
+        needed = self._tables.blocks_needed(self._running.decoding)
+        while needed > pool.num_available + pool.num_returning:
+            self._preempt(self._running.last())
+            needed = self._tables.blocks_needed(self._running.decoding)
+        return needed <= pool.num_available
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the queue with its output so far. Tokens in flight are dropped and sampled again later: sampling depends
+        on seed and position alone. Its published blocks stay in the cache while they can, so resuming is cheap."""
+        self._unlist(request)
+        self._vacate(request)
+        request.phase = Phase.WAITING
+        request.num_in_flight = 0
+        request.num_preemptions += 1
+        self._preemptions += 1
+        self._waiting.push(request)
+
+    # results
+
+    def apply(self, result: StepResult, now: float) -> list[SequenceOutput]:
+        """Take in the result of the oldest step in flight. `EngineFault` where it is of another step or shape.
+
+        Several tokens per sequence are welcome while nothing later of that sequence is in flight; what of them has no
+        KV yet is computed by the next step.
+        """
+        step = self._in_flight[0] if self._in_flight else None
+        if step is None or step.plan.step != result.step or len(result.tokens) != len(step.requests):
+            raise EngineFault(f"result of step {result.step} does not belong to the oldest step in flight")
+        self._in_flight.popleft()
+        self.pool.settle(result.step)
+        outputs: list[SequenceOutput] = []
+        ended = False
+        for i, request in enumerate(step.requests):
+            if request.num_preemptions != step.incarnations[i] or request.phase is not Phase.RUNNING:
+                continue
+            output = self._receive(request, step.plan, result, i, now)
+            if output is not None:
+                outputs.append(output)
+                if output.finish is not None:
+                    ended = True
+                    self._close(request)
+        if ended:
+            self._running.drop_finished()
+        return outputs
+
+    def _receive(
+        self, request: Request, plan: StepPlan, result: StepResult, i: int, now: float
+    ) -> SequenceOutput | None:
+        """What entry `i` of a step's result means for its request; None where there is nothing to tell yet."""
+        sampled = plan.samples[i]
+        tokens = result.tokens[i]
+        if result.errors or len(tokens) != sampled:
+            error = result.errors.get(i)
+            if error is None:
+                error = outcome.mismatch(request, sampled, len(tokens))
+            if error is not None:
+                self._tables.withdraw(request)
+                return outcome.terminal(request, Finish.ERROR, error)
+            self._burst = max(self._burst, len(tokens))
+        prompt_logprobs = outcome.unsent_prompt_logprobs(
+            request, plan.starts[i], result.prompt_logprobs.get(i, ())
+        )
+        if not sampled:
+            return SequenceOutput(request.id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
+        request.num_in_flight -= 1
+        tokens, finish = outcome.accept(request, tokens)
+        self._generation_tokens += len(tokens)
+        self._tables.publish(request)
+        logprob = result.logprobs.get(i)
+        return outcome.news(request, tokens, finish, logprob, prompt_logprobs, now)
+
+    # endings
+
+    def _unlist(self, request: Request) -> None:
+        """Take a live request out of the list it stands in."""
+        if request.phase is Phase.WAITING:
+            self._waiting.remove(request)
+        else:
+            self._running.remove(request)
+
+    def _vacate(self, request: Request) -> None:
+        """Give back what a running request holds: its blocks are free when the steps that may write them have run."""
+        self._running.unseat(request)
+        self._tables.release(request, self._in_flight[-1].plan.step if self._in_flight else None)
+
+    def _close(self, request: Request) -> None:
+        if request.phase is Phase.RUNNING:
+            self._vacate(request)
+        request.phase = Phase.FINISHED
+        request.num_in_flight = 0
+        del self._requests[request.id]
+
+    def _end(self, request: Request, finish: Finish, error: str | None = None) -> SequenceOutput:
+        output = outcome.terminal(request, finish, error)
+        self._close(request)
+        return output
+
+    # how it stands
+
+    @property
+    def num_running(self) -> int:
+        return len(self._requests) - len(self._waiting)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def steps_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def has_work(self) -> bool:
+        """A request lives or a result is outstanding."""
+        return bool(self._requests or self._in_flight)
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            running=self.num_running,
+            waiting=self.num_waiting,
+            steps_in_flight=self.steps_in_flight,
+            kv_usage=self.pool.usage,
+            prefix_queried_tokens=self.pool.queried_tokens,
+            prefix_hit_tokens=self.pool.hit_tokens,
+            preemptions=self._preemptions,
+            evictions=self.pool.evictions,
+            prompt_tokens=self._prompt_tokens,
+            generation_tokens=self._generation_tokens,
+            step_tokens=self._step_tokens,
+        )
+
+    def audit(self) -> None:
+        """Raise `AssertionError` with a sentence where books disagree: blocks, slots, lists. Cheap enough when idle."""
+        running = list(self._running)
+        self.pool.audit([request.blocks for request in running])
+        self._tables.audit(running)
+        if len(running) + len(self._waiting) != len(self._requests):
+            raise AssertionError(
+                f"{len(self._requests)} requests live, but {len(running)} run and {len(self._waiting)} wait"
+            )
+        self._running.audit(self.config.max_num_seqs)
+        if not self.has_work and self.pool.usage > 0:
+            raise AssertionError(f"nobody lives, but {self.pool.usage:.1%} of the blocks are held")
