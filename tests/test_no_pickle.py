@@ -23,7 +23,10 @@ def offences(source: str) -> list[str]:
             safe = {k.arg: ast.unparse(k.value) for k in node.keywords}
             if safe.get("weights_only") != "True" and safe.get("allow_pickle") != "False":
                 found.append(ast.unparse(node))
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("multiprocessing.Process", "multiprocessing.Queue"):
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in (
+            "multiprocessing.Process",
+            "multiprocessing.Queue",
+        ):
             found.append(ast.unparse(node))  # these pickle what they carry
     return found
 
@@ -35,7 +38,14 @@ def test_no_pickle(path):
 
 @pytest.mark.parametrize(
     "line",
-    ["import pickle", "from cloudpickle import dumps", "s.recv_pyobj()", "torch.load(f)", "torch.load(f, weights_only=False)", "import pickle.x"],
+    [
+        "import pickle",
+        "from cloudpickle import dumps",
+        "s.recv_pyobj()",
+        "torch.load(f)",
+        "torch.load(f, weights_only=False)",
+        "import pickle.x",
+    ],
 )
 def test_the_check_finds_what_it_looks_for(line):
     assert offences(line)

@@ -15,7 +15,11 @@ MODEL = ModelConfig(
     directory="/m", architecture="Qwen3ForCausalLM", vocab_size=1000, hidden_size=64, num_layers=2, num_heads=4,
     num_kv_heads=2, head_dim=16, max_position=4096, eos_ids=(2,), load_format="auto", hf={},
 )  # fmt: skip
-FACTS = ModelFacts(dtype="bfloat16", weight_bytes={"bfloat16": GIB, "float32": 2 * GIB}, kv_bytes_per_token={"bfloat16": 1024, "float32": 2048})
+FACTS = ModelFacts(
+    dtype="bfloat16",
+    weight_bytes={"bfloat16": GIB, "float32": 2 * GIB},
+    kv_bytes_per_token={"bfloat16": 1024, "float32": 2048},
+)
 DEVICE = DeviceFacts(name="cpu", description="4 cores", cores=4, total_bytes=16 * GIB, free_bytes=12 * GIB)
 
 
@@ -38,7 +42,9 @@ def test_every_decision_is_explained():
         assert word in text
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("float16", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("float16", "bfloat16"), ("float32", "float32"), ("bfloat16", "bfloat16")]
+)
 def test_auto_dtype(dtype, expected):
     assert decide(facts=replace(FACTS, dtype=dtype)).executor.dtype == expected
 
@@ -77,7 +83,7 @@ def test_what_cannot_work_is_refused_with_a_sentence(options, sentence):
 
 
 def test_weights_beyond_memory_are_refused():
-    with pytest.raises(ConfigError, match="only 0.50 GiB of memory is free"):
+    with pytest.raises(ConfigError, match=r"only 0\.50 GiB of memory is free"):
         decide(device=replace(DEVICE, free_bytes=GIB // 2))
 
 
@@ -87,7 +93,10 @@ def test_whole_prompts_get_a_budget_that_holds_them():
 
 
 @given(
-    free=st.integers(GIB + (1 << 20), 64 * GIB), seqs=st.integers(1, 512), length=st.integers(32, 4096), block=st.sampled_from([8, 16, 64])
+    free=st.integers(GIB + (1 << 20), 64 * GIB),
+    seqs=st.integers(1, 512),
+    length=st.integers(32, 4096),
+    block=st.sampled_from([8, 16, 64]),
 )
 def test_one_sequence_of_the_longest_length_always_fits(free, seqs, length, block):
     device = replace(DEVICE, free_bytes=free, total_bytes=64 * GIB)

@@ -8,9 +8,20 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 
-def knob(default: Any, help: str, *, flag: str | None = None, short: str | None = None, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
+def knob(
+    default: Any,
+    help: str,
+    *,
+    flag: str | None = None,
+    short: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    metavar: str | None = None,
+) -> Any:
     """A dataclass field that also describes its command line flag (by default `--the-name`)."""
-    return field(default=default, metadata={"help": help, "flag": flag, "short": short, "choices": choices, "metavar": metavar})
+    return field(
+        default=default,
+        metadata={"help": help, "flag": flag, "short": short, "choices": choices, "metavar": metavar},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +32,21 @@ class EngineOptions:
     revision: str | None = knob(None, "branch, tag or commit of a hub model")
     served_model_name: str | None = knob(None, "name the API serves the model under (default: MODEL)")
     dtype: str = knob("auto", "weights and arithmetic", choices=("auto", "bfloat16", "float32"))
-    max_model_len: int | None = knob(None, "longest prompt + output in tokens (default: the model's own, as memory allows)")
-    load_format: str = knob("auto", "auto, safetensors, or dummy: random weights from the config alone", choices=("auto", "safetensors", "dummy"))
+    max_model_len: int | None = knob(
+        None, "longest prompt + output in tokens (default: the model's own, as memory allows)"
+    )
+    load_format: str = knob(
+        "auto",
+        "auto, safetensors, or dummy: random weights from the config alone",
+        choices=("auto", "safetensors", "dummy"),
+    )
     hf_overrides: str | None = knob(None, "JSON object merged over the model's config.json", metavar="JSON")
     trust_remote_code: bool = knob(False, "refused: xLLM runs no code out of a checkpoint")
-    generation_config: str = knob("auto", "auto: sampling defaults from the model's generation_config.json; none: ours", choices=("auto", "none"))
+    generation_config: str = knob(
+        "auto",
+        "auto: sampling defaults from the model's generation_config.json; none: ours",
+        choices=("auto", "none"),
+    )
     seed: int = knob(0, "seed of requests that bring none, and of dummy weights")
 
     # where it runs
@@ -34,8 +55,12 @@ class EngineOptions:
 
     # KV memory
     block_size: int | None = knob(None, "tokens per KV block (default: 16 on CPU)")
-    kv_cache_memory_bytes: int | None = knob(None, "bytes for the KV cache (default: a share of what is free)")
-    gpu_memory_utilization: float = knob(0.9, "share of the device's memory to use at most; of free memory on a CPU it is halved")
+    kv_cache_memory_bytes: int | None = knob(
+        None, "bytes for the KV cache (default: a share of what is free)"
+    )
+    gpu_memory_utilization: float = knob(
+        0.9, "share of the device's memory to use at most; of free memory on a CPU it is halved"
+    )
     enable_prefix_caching: bool = knob(True, "share the KV of equal prefixes")
 
     # scheduling
@@ -43,14 +68,32 @@ class EngineOptions:
     max_num_batched_tokens: int | None = knob(None, "token budget of a step")
     enable_chunked_prefill: bool = knob(True, "let a prompt be computed over several steps")
     long_prefill_token_threshold: int = knob(0, "largest chunk of one prompt in a step (0: the budget)")
-    scheduling_policy: str = knob("fcfs", "order of waiting requests", choices=("fcfs", "priority", "deadline", "shortest"))
-    batching_policy: str = knob("chunked", "how prefill and decode share a step", choices=("chunked", "prefill_first", "decode_first"))
-    admission: str = knob("optimistic", "optimistic: admit and preempt when memory runs out; no_eviction: admit only what surely finishes", choices=("optimistic", "no_eviction"))
-    async_scheduling: int = knob(2, "steps in flight: 1 plans and runs in turn, 2 or more plans the next while one runs", metavar="DEPTH")
-    max_num_queued_reqs: int = knob(1024, "requests that may wait; beyond it clients get 429 with Retry-After")
+    scheduling_policy: str = knob(
+        "fcfs", "order of waiting requests", choices=("fcfs", "priority", "deadline", "shortest")
+    )
+    batching_policy: str = knob(
+        "chunked", "how prefill and decode share a step", choices=("chunked", "prefill_first", "decode_first")
+    )
+    admission: str = knob(
+        "optimistic",
+        "optimistic: admit and preempt when memory runs out; no_eviction: admit only what surely finishes",
+        choices=("optimistic", "no_eviction"),
+    )
+    async_scheduling: int = knob(
+        2,
+        "steps in flight: 1 plans and runs in turn, 2 or more plans the next while one runs",
+        metavar="DEPTH",
+    )
+    max_num_queued_reqs: int = knob(
+        1024, "requests that may wait; beyond it clients get 429 with Retry-After"
+    )
     max_logprobs: int = knob(20, "most logprobs a request may ask for")
 
 
 def option_fields() -> list[tuple[str, dict[str, Any]]]:
     """(name, flag description) of every knob, in the order above; `model` is positional and not among them."""
-    return [(f.name, {**f.metadata, "default": f.default, "type": f.type}) for f in fields(EngineOptions) if f.metadata]
+    return [
+        (f.name, {**f.metadata, "default": f.default, "type": f.type})
+        for f in fields(EngineOptions)
+        if f.metadata
+    ]

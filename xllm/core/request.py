@@ -21,8 +21,12 @@ class Request:
     arrival: float  # seconds, scheduler clock
     max_total_tokens: int  # prompt + output at most: min(max_model_len, prompt + max_tokens)
     seed: int  # resolved: the user's, or drawn at admission
-    stop_ids: frozenset[int] = frozenset()  # what ends it: end-of-sequence ids (unless ignored) and stop_token_ids
-    eos_ids: frozenset[int] = frozenset()  # of stop_ids, those that are the model's own (stop_reason stays None)
+    stop_ids: frozenset[int] = (
+        frozenset()
+    )  # what ends it: end-of-sequence ids (unless ignored) and stop_token_ids
+    eos_ids: frozenset[int] = (
+        frozenset()
+    )  # of stop_ids, those that are the model's own (stop_reason stays None)
     priority: int = 0  # lower runs first, as in vLLM
     deadline: float | None = None  # scheduler clock; order "deadline" sorts by it
     cache_salt: str = ""
@@ -39,7 +43,10 @@ class Request:
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     first_scheduled: float | None = None
-    rank: tuple[float, int] = (0.0, 0)  # the order policy's: smaller goes first; the second number breaks ties
+    rank: tuple[float, int] = (
+        0.0,
+        0,
+    )  # the order policy's: smaller goes first; the second number breaks ties
     num_prompt_logprobs: int = 0  # of the prompt, how many positions' logprobs have been sent out
 
     def known_tokens(self, start: int, stop: int) -> list[int]:

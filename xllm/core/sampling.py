@@ -85,7 +85,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         if len(self.stop_token_ids or ()) > MAX_STOP:
             raise InvalidRequest(f"stop_token_ids takes at most {MAX_STOP} ids", param="stop_token_ids")
         if len(self.bad_words or ()) > MAX_BAD_WORDS or any(not w for w in self.bad_words or ()):
-            raise InvalidRequest(f"bad_words takes at most {MAX_BAD_WORDS} non-empty strings", param="bad_words")
+            raise InvalidRequest(
+                f"bad_words takes at most {MAX_BAD_WORDS} non-empty strings", param="bad_words"
+            )
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequest("allowed_token_ids must not be empty", param="allowed_token_ids")
         bias = self.logit_bias or {}
@@ -106,4 +108,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 def _between(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
     # `not (a <= v)` rather than `v < a`, so that NaN is refused too
     if not (low < value if low_open else low <= value) or not value <= high:
-        raise InvalidRequest(f"{name} must be {'above' if low_open else 'at least'} {low} and at most {high}, not {value}", param=name)
+        raise InvalidRequest(
+            f"{name} must be {'above' if low_open else 'at least'} {low} and at most {high}, not {value}",
+            param=name,
+        )

@@ -29,7 +29,9 @@ def cpu_facts() -> DeviceFacts:
         total, free = min(total, limit), min(free, max(0, limit - used))
     cores = _cores()
     model, flags = _cpu_model()
-    description = f"{cores} core{'s' if cores > 1 else ''} of {model}" + (f" ({' '.join(flags)})" if flags else "")
+    description = f"{cores} core{'s' if cores > 1 else ''} of {model}" + (
+        f" ({' '.join(flags)})" if flags else ""
+    )
     return DeviceFacts(name="cpu", description=description, cores=cores, total_bytes=total, free_bytes=free)
 
 
@@ -68,9 +70,8 @@ def _cgroup_memory() -> tuple[int | None, int]:
 
 def _cpu_model() -> tuple[str, list[str]]:
     try:
-        lines = dict(
-            (k.strip(), v.strip()) for k, v in (line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-        )
+        text = Path("/proc/cpuinfo").read_text()
+        lines = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in text.splitlines())}
     except OSError:
         return "an unknown processor", []
     known = lines.get("flags", lines.get("Features", "")).split()

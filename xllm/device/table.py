@@ -30,4 +30,3 @@ def open_device(name: str) -> Device:
     module, attr = DEVICES[name].split(":")
     device: Device = getattr(import_module(module), attr)()
     return device
-

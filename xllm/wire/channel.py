@@ -52,7 +52,9 @@ class ZmqChannel:
     Sockets are not thread-safe: a second sending thread opens a `ZmqSender` of its own.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], *, send_to: str, receive_from: str, bind: bool):
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], *, send_to: str, receive_from: str, bind: bool
+    ):
         self._sender = ZmqSender(context, send_to, bind=bind)
         self._pull = context.socket(zmq.PULL)
         self._pull.set_hwm(0)  # bounded by admission control above, never by silently dropped frames

@@ -112,7 +112,9 @@ def encode(message: Message) -> bytes:
 def decode(frame: bytes) -> Message:
     """Raises WireError for an empty frame, another version, or bytes that are no message."""
     if not frame or frame[0] != VERSION:
-        raise WireError(f"peer speaks wire version {frame[0] if frame else 'none'}, this is version {VERSION}")
+        raise WireError(
+            f"peer speaks wire version {frame[0] if frame else 'none'}, this is version {VERSION}"
+        )
     try:
         return _decoder.decode(memoryview(frame)[1:])
     except msgspec.MsgspecError as e:
