@@ -1,0 +1,78 @@
+"""Attention over paged KV: the contract and the plain PyTorch reference.
+
+Legend: T tokens of this step over all sequences, S sequences, Q query heads, H KV heads, G = Q / H, D head size,
+B blocks, L layers, P tokens per block, C context of one sequence, N its tokens of this step.
+
+The KV cache is one tensor `kv_BL2PHD` = [block, layer, k|v, token in block, kv head, head size]: all layers of a
+block lie together, so moving a block anywhere is one contiguous copy.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """Where this step's tokens stand. Filled by the executor, same for every layer."""
+
+    query_starts: torch.Tensor  # [S + 1] int32: sequence s owns tokens query_starts[s] : query_starts[s + 1]
+    context_lens: torch.Tensor  # [S] int32: tokens of s in the cache once this step's are written
+    block_table: (
+        torch.Tensor
+    )  # [S, W] int32, row-contiguous: block ids in sequence order; entries past the context are undefined
+    kv_slots: torch.Tensor  # [T] int64: block * P + offset, where each token's KV is written
+    max_query_len: int
+    max_context_len: int
+
+
+def attention(
+    q_TQD: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layer: int,
+    inputs: AttentionInputs,
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention of this step's queries over their sequences' cached KV.
+
+    The keys and values of this step's tokens are already in the cache. Query i of a sequence with N queries and
+    context C stands at position p = C - N + i and sees the positions j with j <= p and, where `window` is given,
+    j > p - window. Each query head reads KV head `head // G`. Works for any mix of prefill chunks and decodes.
+
+    q_TQD: [T, Q, D] activations, last two dimensions contiguous (the token stride may be larger). Returns
+    [T, Q * D] in the dtype of q. Fast versions accumulate in float32.
+    """
+    num_tokens, num_heads, head_dim = q_TQD.shape
+    group = num_heads // kv_cache.shape[4]
+    out_TQD = torch.empty(num_tokens, num_heads, head_dim, dtype=q_TQD.dtype, device=q_TQD.device)
+    starts, contexts = inputs.query_starts.tolist(), inputs.context_lens.tolist()
+    for s, context in enumerate(contexts):
+        first, last = starts[s], starts[s + 1]
+        k_HCD, v_HCD = _gather(kv_cache, layer, inputs.block_table[s], context, q_TQD.dtype)
+        q_QND = q_TQD[first:last].transpose(0, 1)
+        scores_QNC = q_QND @ k_HCD.repeat_interleave(group, 0).transpose(1, 2) * scale
+        scores_QNC.masked_fill_(~_visible(last - first, context, window, q_TQD.device), float("-inf"))
+        out_QND = scores_QNC.softmax(-1) @ v_HCD.repeat_interleave(group, 0)
+        out_TQD[first:last] = out_QND.transpose(0, 1)
+    return out_TQD.view(num_tokens, num_heads * head_dim)
+
+
+def _gather(
+    kv_cache: torch.Tensor, layer: int, table_W: torch.Tensor, context: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence's keys and values of one layer, each [H, C, D]."""
+    block_size = kv_cache.shape[3]
+    blocks = table_W[: -(-context // block_size)].long()
+    kv_N2PHD = kv_cache[blocks, layer].to(dtype)
+    kv_2CHD = kv_N2PHD.transpose(0, 1).flatten(1, 2)[:, :context]
+    k_HCD, v_HCD = kv_2CHD.transpose(1, 2)
+    return k_HCD, v_HCD
+
+
+def _visible(num_queries: int, context: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """[N, C] bool: which positions each query sees."""
+    p_N1 = torch.arange(context - num_queries, context, device=device)[:, None]
+    j_C = torch.arange(context, device=device)
+    seen = j_C <= p_N1
+    return seen if window is None else seen & (j_C > p_N1 - window)
