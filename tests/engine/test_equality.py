@@ -1,0 +1,148 @@
+"""Greedy tokens do not depend on how they were computed.
+
+Every combination of chunk size, prefix cache, depth, company, preemption and process gives, token for token, what
+`transformers` gives for the same float32 weights. The default run covers every pair of values, `-m slow` the product.
+"""
+
+import itertools
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests import checkpoints
+from xllm.core.sampling import SamplingParams
+from xllm.engine.llm import LLM
+
+BLOCK = 8
+OUTPUT = 24
+LONGEST = 112  # tokens of a sequence
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "chunk": (1, 7, 64, "whole"),
+    "cache": (True, False),
+    "depth": (1, 2, 3),
+    "company": ("alone", "batch"),
+    "preemption": (False, True),
+    "process": ("inline", "separate"),
+}
+
+
+@dataclass(frozen=True)
+class Combination:
+    chunk: int | str
+    cache: bool
+    depth: int
+    company: str
+    preemption: bool
+    process: str
+
+    def __str__(self) -> str:
+        cache = "cache" if self.cache else "nocache"
+        pressure = "pressed" if self.preemption else "roomy"
+        return f"{self.chunk}-{cache}-depth{self.depth}-{self.company}-{pressure}-{self.process}"
+
+
+def every_combination() -> list[Combination]:
+    return [Combination(*values) for values in itertools.product(*FACTORS.values())]
+
+
+def every_pair() -> list[Combination]:
+    """A small set in which every two values of two factors meet, chosen greedily. Inline ones are preferred: a process
+    takes seconds to start."""
+    todo = set()
+    for (a, a_values), (b, b_values) in itertools.combinations(FACTORS.items(), 2):
+        todo |= {((a, x), (b, y)) for x in a_values for y in b_values}
+    chosen = []
+    candidates = sorted(every_combination(), key=lambda c: c.process)
+    while todo:
+        best = max(candidates, key=lambda c: len(todo & pairs_of(c)))
+        chosen.append(best)
+        todo -= pairs_of(best)
+    return chosen
+
+
+def pairs_of(c: Combination) -> set:
+    return set(itertools.combinations([(name, getattr(c, name)) for name in FACTORS], 2))
+
+
+PAIRS = every_pair()
+REST = [c for c in every_combination() if c not in PAIRS]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return checkpoints.save_qwen3(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """16 prompts of 3 to 70 tokens; every second one begins with a prefix others have too."""
+    rng = random.Random(3)
+    shared = [rng.randrange(3, checkpoints.VOCAB) for _ in range(4 * BLOCK + 3)]
+    own = [[rng.randrange(3, checkpoints.VOCAB) for _ in range(3 + i * 2)] for i in range(16)]
+    return [shared[: 8 * (i % 5) + 3] + tail if i % 2 else tail for i, tail in enumerate(own)]
+
+
+@pytest.fixture(scope="module")
+def truth(model, prompts):
+    return checkpoints.greedy(model, prompts, OUTPUT)
+
+
+def open_engine(model, c: Combination) -> LLM:
+    roomy, pressed = 4096, LONGEST if c.company == "alone" else 3 * LONGEST
+    tokens = pressed if c.preemption else roomy
+    kv_bytes_per_token = 2 * 2 * 2 * 16 * 4
+    return LLM(
+        str(model), separate_process=c.process == "separate", dtype="float32", max_model_len=LONGEST, block_size=BLOCK, max_num_seqs=16,
+        kv_cache_memory_bytes=tokens * kv_bytes_per_token, enable_prefix_caching=c.cache, async_scheduling=c.depth,
+        enable_chunked_prefill=c.chunk != "whole", long_prefill_token_threshold=0 if c.chunk == "whole" else int(c.chunk),
+        scheduling_policy="priority", threads=1,
+    )  # fmt: skip
+
+
+def check(model, prompts, truth, c: Combination) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
+    preemptions = 0
+    with open_engine(model, c) as llm:
+        if c.company == "batch":
+            requests = [{"prompt_token_ids": ids} for ids in prompts]
+            outputs = llm.generate(requests, params, use_tqdm=False)
+            preemptions = sum(out.metrics.num_preemptions for out in outputs)
+            got = [out.outputs[0].token_ids for out in outputs]
+        else:
+            got = []
+            for ids in prompts[-4:]:
+                observed, pushed = generate_alone(llm, ids, params, rival=c.preemption)
+                got.append(observed)
+                preemptions += pushed
+            truth = truth[-4:]
+    assert got == truth
+    assert (preemptions > 0) == c.preemption
+
+
+def generate_alone(llm: LLM, ids: list[int], params: SamplingParams, *, rival: bool) -> tuple[list[int], int]:
+    """One request with the engine to itself, or (to press it) beside a more important one that needs most of the pool."""
+    requests, sampling, priority = [{"prompt_token_ids": ids}], [params], [1]
+    if rival:
+        requests.append({"prompt_token_ids": list(range(5, 65))})
+        sampling.append(SamplingParams(temperature=0.0, max_tokens=LONGEST - 60, ignore_eos=True))
+        priority.append(0)
+    observed = llm.generate(requests, sampling, use_tqdm=False, priority=priority)[0]
+    return observed.outputs[0].token_ids, observed.metrics.num_preemptions
+
+
+@pytest.mark.parametrize("combination", PAIRS, ids=str)
+def test_every_pair_of_settings_gives_the_same_tokens(model, prompts, truth, combination):
+    check(model, prompts, truth, combination)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("combination", REST, ids=str)
+def test_the_whole_product_of_settings_gives_the_same_tokens(model, prompts, truth, combination):
+    check(model, prompts, truth, combination)
+
+
+def test_the_pairs_are_all_there():
+    wanted = sum(len(a) * len(b) for a, b in itertools.combinations(FACTORS.values(), 2))
+    assert len(set().union(*(pairs_of(c) for c in PAIRS))) == wanted

@@ -1,0 +1,112 @@
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xllm.core.plan import NewSequence, StepPlan
+from xllm.core.sampling import SamplingParams
+from xllm.executor.buffers import InputBuffers
+
+KV = torch.empty(0)
+
+
+def sequence(slot, tokens, blocks):
+    return NewSequence(
+        slot=slot,
+        request_id=str(slot),
+        token_ids=tokens,
+        prompt_len=len(tokens),
+        params=SamplingParams(),
+        seed=0,
+        stop_ids=(),
+        blocks=blocks,
+    )
+
+
+def plan(new=(), slots=(), starts=(), counts=(), appended=()):
+    return StepPlan(
+        step=1,
+        new=new,
+        slots=slots,
+        starts=starts,
+        counts=counts,
+        samples=[True] * len(slots),
+        appended=appended,
+    )
+
+
+def buffers(seqs=4, length=64, block=8):
+    return InputBuffers(max_num_seqs=seqs, max_model_len=length, block_size=block, device=torch.device("cpu"))
+
+
+def rows(*indices):
+    return np.asarray(indices, dtype=np.int64)
+
+
+def test_a_chunk_and_a_decode_share_a_step():
+    b = buffers()
+    first = plan(
+        new=[sequence(2, list(range(100, 110)), [5, 3]), sequence(0, [7, 8, 9], [1])],
+        slots=[2, 0],
+        starts=[0, 0],
+        counts=[10, 3],
+    )
+    b.admit(first)
+    fwd = b.forward(first, KV, rows(9, 12))
+    assert fwd.token_ids.tolist() == [*range(100, 110), 7, 8, 9]
+    assert fwd.positions.tolist() == [*range(10), 0, 1, 2]
+    assert fwd.attention.query_starts.tolist() == [0, 10, 13]
+    assert fwd.attention.context_lens.tolist() == [10, 3]
+    assert fwd.attention.kv_slots.tolist() == [*(5 * 8 + i for i in range(8)), 24, 25, 8, 9, 10]
+    assert (fwd.attention.max_query_len, fwd.attention.max_context_len) == (10, 10)
+
+
+def test_a_sampled_token_is_the_next_steps_input_without_the_host():
+    b = buffers()
+    first = plan(new=[sequence(1, [4, 5], [6])], slots=[1], starts=[0], counts=[2])
+    b.admit(first)
+    b.feed_back([1], [2], torch.tensor([42]))
+    second = plan(slots=[1], starts=[2], counts=[1])
+    b.admit(second)
+    fwd = b.forward(second, KV, rows(0))
+    assert fwd.token_ids.tolist() == [42]
+    assert fwd.attention.kv_slots.tolist() == [6 * 8 + 2]
+
+
+def test_a_slot_handed_on_forgets_its_former_sequence():
+    b = buffers()
+    b.admit(plan(new=[sequence(0, list(range(20)), [1, 2, 3])]))
+    again = plan(new=[sequence(0, [9], [7])], slots=[0], starts=[0], counts=[1])
+    b.admit(again)
+    b.admit(plan(appended=[(0, [5])]))
+    fwd = b.forward(plan(slots=[0], starts=[8], counts=[1]), KV, rows(0))
+    assert fwd.attention.kv_slots.tolist() == [5 * 8]
+    assert fwd.attention.block_table[0].tolist() == [7, 5]
+
+
+def test_the_token_at_the_very_last_position_has_room():
+    b = buffers(length=16)
+    b.feed_back([3], [16], torch.tensor([1]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 20)), min_size=1, max_size=4), st.randoms())
+def test_any_mixture_reads_and_writes_where_the_plan_says(chunks, random):
+    b = buffers()
+    blocks = list(range(40))
+    random.shuffle(blocks)
+    new, expected_tokens, expected_slots = [], [], []
+    for slot, (start, count) in enumerate(chunks):
+        tokens = [random.randrange(1000) for _ in range(start + count)]
+        table = [blocks.pop() for _ in range(-(-len(tokens) // 8))]
+        new.append(sequence(slot, tokens, table))
+        for p in range(start, start + count):
+            expected_tokens.append(tokens[p])
+            expected_slots.append(table[p // 8] * 8 + p % 8)
+    p = plan(
+        new=new, slots=list(range(len(chunks))), starts=[s for s, _ in chunks], counts=[c for _, c in chunks]
+    )
+    b.admit(p)
+    fwd = b.forward(p, KV, rows(0))
+    assert fwd.token_ids.tolist() == expected_tokens
+    assert fwd.attention.kv_slots.tolist() == expected_slots

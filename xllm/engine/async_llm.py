@@ -1,0 +1,237 @@
+"""The engine for asyncio programs: tokenises, submits, and streams deltas back. The HTTP server's only way to it."""
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any
+
+from xllm.config.decided import EngineConfig
+from xllm.config.options import EngineOptions
+from xllm.core.errors import Unavailable
+from xllm.core.output import RequestOutput
+from xllm.core.sampling import SamplingParams
+from xllm.core.stats import SchedulerStats
+from xllm.engine.build import decide
+from xllm.engine.checkpoint import open_tokenizer, sampling_defaults
+from xllm.engine.client import EngineClient, InlineClient, ProcessClient
+from xllm.engine.gate import Gate
+from xllm.engine.health import Health, HealthMonitor
+from xllm.engine.outputs import OutputProcessor
+from xllm.engine.prompts import Prompt, PromptReader
+from xllm.engine.validate import Validator
+from xllm.text.tokenizer import Tokenizer
+from xllm.wire.messages import Abort, Heartbeat, Loading, Message, Outputs, Reply, ResetPrefixCache, Submit
+
+log = logging.getLogger(__name__)
+PUMP_WAIT_S = 0.1
+WATCH_S = 0.5
+
+
+class AsyncLLM:
+    """Belongs to one event loop. A pump thread receives from the engine (in-process: that thread *is* the engine)."""
+
+    def __init__(
+        self, options: EngineOptions, config: EngineConfig, client: EngineClient, tokenizer: Tokenizer
+    ):
+        self.options = options
+        self.config = config
+        self.tokenizer = tokenizer
+        self.default_params = sampling_defaults(options, config)
+        self.startup_s = client.startup_s
+        self._client = client
+        self._outputs = OutputProcessor(tokenizer)
+        self._prompts = PromptReader(tokenizer, config.scheduler.max_model_len - 1)
+        self._validator = Validator(
+            vocab_size=config.model.vocab_size,
+            max_model_len=config.scheduler.max_model_len,
+            max_logprobs=options.max_logprobs,
+        )
+        self._gate = Gate(options.max_num_queued_reqs + config.scheduler.max_num_seqs)
+        self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
+        self._replies: dict[int, asyncio.Future[Any]] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._monitor = HealthMonitor(time.monotonic())
+        self._health = Health(True, "ok")
+        self._stats: SchedulerStats | None = None
+        self._loop = asyncio.get_running_loop()
+        self._gone: asyncio.Future[str] = self._loop.create_future()
+        self._stop = threading.Event()
+        self._pump = threading.Thread(target=self._receive, name="xllm-pump", daemon=True)
+        self._pump.start()
+        self._watch = self._loop.create_task(self._watch_health())
+
+    @classmethod
+    async def start(
+        cls,
+        options: EngineOptions,
+        *,
+        in_process: bool = False,
+        on_event: Callable[[str | Loading], None] | None = None,
+    ) -> "AsyncLLM":
+        """Decide, start the engine (by default in a process of its own) and wait until it takes requests.
+
+        `on_event` gets the decisions as sentences, then loading progress. Raises ConfigError or EngineFault.
+        """
+        report = on_event or (lambda _: None)
+        config = await asyncio.to_thread(decide, options)
+        for reason in config.reasons:
+            report(reason)
+        open_client: Callable[..., EngineClient] = InlineClient if in_process else ProcessClient
+        starting = asyncio.to_thread(open_client, config, report)
+        client, tokenizer = await asyncio.gather(starting, asyncio.to_thread(open_tokenizer, options, config))
+        return cls(options, config, client, tokenizer)
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None,
+        priority: int = 0, deadline_s: float | None = None, cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:  # fmt: skip
+        """Yields deltas: new text, ids and logprobs of the completions that advanced; the last has `finished` set.
+
+        Raises InvalidRequest, Overloaded or Unavailable before anything is yielded. Leaving the iteration early
+        aborts the request. `request_id` must be unused.
+        """
+        params = SamplingParams(**self.default_params) if params is None else params
+        self._gate.enter(params.n)
+        self._idle.clear()
+        id = request_id or f"req-{uuid.uuid4().hex}"
+        finished = False
+        try:
+            text, ids = await self._prompts.read_async(prompt)
+            self._validator.check(ids, params)
+            queue = self._streams[id] = asyncio.Queue()
+            for child_id, child_params in self._outputs.add(id, text, ids, params, time.monotonic()):
+                self._client.send(
+                    Submit(
+                        request_id=child_id, prompt_token_ids=ids, params=child_params,
+                        priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
+                    )
+                )  # fmt: skip
+            while not finished:
+                output = await queue.get()
+                finished = output.finished
+                yield output
+        finally:
+            if not finished and id in self._streams:
+                self._send_abort(self._outputs.abort(id))
+            self._streams.pop(id, None)
+            self._gate.leave(params.n)
+            if self._gate.in_flight == 0:
+                self._idle.set()
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request with finish_reason "abort"; whoever iterates over it gets that as the last item."""
+        deltas, children = self._outputs.cancel(request_id)
+        self._deliver(deltas)
+        self._send_abort(children)
+
+    def health(self) -> Health:
+        return self._health
+
+    async def wait_lost(self) -> str:
+        """Returns, with the reason, when the engine is gone for good; never otherwise."""
+        return await asyncio.shield(self._gone)
+
+    async def stats(self) -> SchedulerStats | None:
+        """As of the engine's last sign of life; None before the first."""
+        return self._stats
+
+    def count(self) -> int:
+        """Sequences in flight."""
+        return self._gate.in_flight
+
+    def stop_accepting(self, because: str = "the server is shutting down") -> None:
+        self._gate.closed_because = because
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Waits for what runs to end; False when it did not within the time-out."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def reset_prefix_cache(self) -> bool:
+        call_id = len(self._replies)
+        reply = self._replies[call_id] = self._loop.create_future()
+        self._client.send(ResetPrefixCache(call_id=call_id))
+        return bool(await reply)
+
+    async def shutdown(self) -> None:
+        """Ends what still runs with an error, then the engine and its threads."""
+        self.stop_accepting()
+        self._watch.cancel()
+        self._deliver(self._outputs.fail_all("the server is shutting down"))
+        self._stop.set()
+        await asyncio.to_thread(self._pump.join)
+        await asyncio.to_thread(self._client.close)
+
+    # ---- pump thread
+
+    def _receive(self) -> None:
+        while not self._stop.is_set():
+            try:
+                message = self._client.receive(PUMP_WAIT_S)
+            except Exception as e:
+                log.error("the engine loop failed", exc_info=e)
+                self._loop.call_soon_threadsafe(self._lost, f"{type(e).__name__} in the engine loop")
+                return
+            if message is not None:
+                self._loop.call_soon_threadsafe(self._on_message, message)
+            elif reason := self._client.dead():
+                self._loop.call_soon_threadsafe(self._lost, reason)
+                return
+
+    # ---- event loop
+
+    def _on_message(self, message: Message) -> None:
+        if isinstance(message, Outputs):
+            self._stats = message.stats
+            deltas, stopped = self._outputs.process(message.outputs)
+            self._deliver(deltas)
+            self._send_abort(stopped)
+        elif isinstance(message, Heartbeat):
+            self._stats = message.stats or self._stats
+        elif isinstance(message, Reply) and (future := self._replies.pop(message.call_id, None)):
+            future.set_result(message.value)
+
+    def _deliver(self, deltas: Iterable[RequestOutput]) -> None:
+        for delta in deltas:
+            if queue := self._streams.get(delta.request_id):
+                queue.put_nowait(delta)
+
+    def _send_abort(self, child_ids: list[str]) -> None:
+        if child_ids:
+            with contextlib.suppress(Unavailable):  # an engine that is gone runs nothing
+                self._client.send(Abort(request_ids=child_ids))
+
+    def _lost(self, reason: str) -> None:
+        self._health = Health(False, reason)
+        if not self._gone.done():
+            self._gone.set_result(reason)
+        self.stop_accepting(f"the engine is gone: {reason}")
+        self._deliver(self._outputs.fail_all(reason))
+
+    async def _watch_health(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_S)
+            beat, silent_s = self._client.pulse()
+            health = self._monitor.observe(
+                time.monotonic(),
+                progress=beat.progress,
+                busy=beat.busy,
+                silent_s=silent_s,
+                dead=self._client.dead(),
+            )
+            if self._health.ok and not health.ok:
+                log.error("unhealthy: %s", health.reason)
+                self._client.dump_stacks()
+            self._health = health
+            if self._monitor.hopeless and self._streams:
+                ids = self._outputs.child_ids()
+                self._deliver(self._outputs.fail_all(health.reason))
+                self._send_abort(ids)  # for the case that it comes back

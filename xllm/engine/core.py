@@ -1,0 +1,103 @@
+"""The engine core: the one loop that every form of the engine runs, in this process or in its own."""
+
+import logging
+from collections import deque
+from concurrent.futures import Future
+
+from xllm.core.clock import Clock, monotonic
+from xllm.core.output import SequenceOutput
+from xllm.core.plan import StepPlan, StepResult
+from xllm.core.stats import SchedulerStats
+from xllm.engine.admission import Admission
+from xllm.executor.executor import Executor
+from xllm.scheduler.scheduler import Scheduler
+from xllm.wire.channel import Channel
+from xllm.wire.messages import Abort, Message, Outputs, Reply, ResetPrefixCache, Shutdown, Submit
+
+log = logging.getLogger(__name__)
+IDLE_WAIT_S = 1.0
+
+
+class EngineCore:
+    """One brain: takes messages, plans, submits, applies. Everything here happens in one thread.
+
+    `depth` steps may be in flight: 1 is synchronous; with 2 or more, step N+1 is planned and submitted while N runs.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        inbox: Channel,
+        admission: Admission,
+        *,
+        depth: int,
+        clock: Clock = monotonic,
+    ):
+        self.scheduler = scheduler
+        self.executor = executor
+        self.inbox = inbox
+        self.depth = depth
+        self.clock = clock
+        self.inflight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        self.stopping = False
+        self.last_stats: SchedulerStats | None = None  # as of the last turn; other threads read it
+        self._admission = admission
+
+    def run(self) -> None:
+        """Until a Shutdown message."""
+        while not self.stopping:
+            self.turn(wait_s=IDLE_WAIT_S)
+
+    def turn(self, *, wait_s: float | None) -> None:
+        """One round of the loop. When there is nothing to do, waits up to `wait_s` for a message."""
+        outputs = self._drain(0.0 if self.busy else wait_s)
+        outputs += self.step()
+        self.last_stats = self.scheduler.stats()
+        if outputs:
+            self.inbox.send(Outputs(outputs=outputs, stats=self.last_stats))
+
+    def step(self) -> list[SequenceOutput]:
+        if plan := self.scheduler.plan(self.clock()):
+            self.inflight.append((plan, self.executor.submit(plan)))
+        if self.inflight and (len(self.inflight) >= self.depth or not plan):
+            _, future = self.inflight.popleft()
+            try:
+                result = future.result()
+            except Exception as e:  # the step as a whole: its requests fail, the engine lives
+                return self._fail_all(e)
+            return self.scheduler.apply(result, self.clock())
+        return []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.inflight) or self.scheduler.has_work
+
+    def _drain(self, wait_s: float | None) -> list[SequenceOutput]:
+        outputs: list[SequenceOutput] = []
+        message = self.inbox.receive(wait_s)
+        while message is not None:
+            outputs += self._handle(message)
+            message = self.inbox.receive(0.0)
+        return outputs
+
+    def _handle(self, message: Message) -> list[SequenceOutput]:
+        match message:
+            case Submit():
+                return list(self._admission.submit(message, self.clock()))
+            case Abort(request_ids=ids):
+                return [output for id in ids if (output := self.scheduler.abort(id))]
+            case ResetPrefixCache(call_id=call_id):
+                self.scheduler.reset_prefix_cache()
+                self.inbox.send(Reply(call_id=call_id, value=True))
+            case Shutdown():
+                self.stopping = True
+        return []
+
+    def _fail_all(self, error: Exception) -> list[SequenceOutput]:
+        """A step raised: no KV of it can be trusted. Later steps in flight run out and are forgotten."""
+        log.error("a step failed; its requests end with an error", exc_info=error)
+        for _, future in self.inflight:
+            future.exception()
+        self.inflight.clear()
+        return self.scheduler.fail_all(f"the engine step failed: {type(error).__name__}")

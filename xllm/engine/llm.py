@@ -1,0 +1,219 @@
+"""The engine for scripts: a list of prompts in, a list of results in the same order out."""
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from xllm.config.options import EngineOptions
+from xllm.core.errors import EngineFault, InvalidRequest
+from xllm.core.output import RequestOutput
+from xllm.core.sampling import SamplingParams
+from xllm.engine.beam import BeamSearchOutput, BeamSearchParams, beam_search
+from xllm.engine.build import decide
+from xllm.engine.checkpoint import open_tokenizer, sampling_defaults
+from xllm.engine.client import EngineClient, InlineClient, ProcessClient
+from xllm.engine.outputs import Collector, OutputProcessor
+from xllm.engine.prompts import Prompt, PromptReader, as_list
+from xllm.engine.validate import Validator
+from xllm.text.chat import ChatTemplate
+from xllm.text.tokenizer import Tokenizer
+from xllm.wire.messages import Abort, Fault, Message, Outputs, Reply, ResetPrefixCache, Submit
+
+RECEIVE_S = 1.0
+
+
+class LLM:
+    """`LLM(model, **options)`; the options are the fields of `EngineOptions`.
+
+    By default the engine runs in this process; `separate_process=True` gives it one of its own. Use it as a context
+    manager, or call `shutdown`, to end its threads and processes early; they end with the program anyway.
+    """
+
+    def __init__(self, model: str = "demo", *, separate_process: bool = False, **options: Any):
+        self.options = EngineOptions(model=model, **options)
+        self.config = decide(self.options)
+        self.tokenizer: Tokenizer = open_tokenizer(self.options, self.config)
+        self._client: EngineClient = (ProcessClient if separate_process else InlineClient)(self.config)
+        self._defaults = sampling_defaults(self.options, self.config)
+        self._outputs = OutputProcessor(self.tokenizer)
+        self._prompts = PromptReader(self.tokenizer, self.config.scheduler.max_model_len - 1)
+        self._validator = Validator(
+            vocab_size=self.config.model.vocab_size,
+            max_model_len=self.config.scheduler.max_model_len,
+            max_logprobs=self.options.max_logprobs,
+        )
+        self._ids = itertools.count()
+        self._calls = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """One result per prompt, in input order. One `SamplingParams` for all, or one each.
+
+        Raises InvalidRequest before anything runs if one of the prompts or parameters is wrong; a request that fails
+        later comes back with finish_reason "error" while the others go on.
+        """
+        batch = as_list(prompts)
+        params = self._params_for(batch, sampling_params)
+        read = [self._prompts.read(prompt) for prompt in batch]
+        for (_, ids), p in zip(read, params, strict=True):
+            self._validator.check(ids, p)
+        if priority is not None and len(priority) != len(batch):
+            raise InvalidRequest(f"{len(priority)} priorities for {len(batch)} prompts", param="priority")
+        return self._run(read, params, priority or [0] * len(batch), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Like `generate`, for one conversation or a list of them, through the model's chat template."""
+        conversations = cast(
+            Sequence[Sequence[Mapping[str, Any]]],
+            [messages] if messages and isinstance(messages[0], Mapping) else messages,
+        )
+        template = ChatTemplate.of(self.tokenizer)
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            text = template.render(
+                conversation, add_generation_prompt=add_generation_prompt, kwargs=chat_template_kwargs
+            )
+            ids = self.tokenizer.encode(
+                text, add_special_tokens=False
+            )  # the template wrote the special tokens
+            prompts.append({"prompt_token_ids": ids, "prompt": text})
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` most likely continuations of each prompt; see `xllm.engine.beam`."""
+        batch = as_list(prompts)
+        starts = [self._prompts.read(prompt)[1] for prompt in batch]
+        for ids in starts:
+            self._validator.check(ids, SamplingParams(max_tokens=params.max_tokens))
+        return beam_search(
+            self._step_beams, self.tokenizer, starts, params, eos_ids=frozenset(self.config.model.eos_ids)
+        )
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. What runs keeps its KV and finishes, but shares it with nobody new."""
+        call_id = next(self._calls)
+        self._client.send(ResetPrefixCache(call_id=call_id))
+        while True:
+            message = self._receive()
+            if isinstance(message, Reply) and message.call_id == call_id:
+                return bool(message.value)
+
+    def shutdown(self) -> None:
+        self._client.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _params_for(
+        self, batch: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if given is None:
+            given = SamplingParams(**self._defaults)
+        if isinstance(given, SamplingParams):
+            return [given] * len(batch)
+        if len(given) != len(batch):
+            raise InvalidRequest(f"{len(given)} sampling parameters for {len(batch)} prompts")
+        return list(given)
+
+    def _step_beams(self, prompts: Sequence[list[int]], params: SamplingParams) -> list[RequestOutput]:
+        # beams need more candidates than --max-logprobs lets users ask for, so the validator is not asked
+        return self._run(
+            [(None, ids) for ids in prompts], [params] * len(prompts), [0] * len(prompts), use_tqdm=False
+        )
+
+    def _run(
+        self,
+        prompts: Sequence[tuple[str | None, list[int]]],
+        params: Sequence[SamplingParams],
+        priority: Sequence[int],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        ids = [f"req-{next(self._ids)}" for _ in prompts]
+        collectors = {id: Collector() for id in ids}
+        try:
+            for id, (text, tokens), p, rank in zip(ids, prompts, params, priority, strict=True):
+                for child_id, child in self._outputs.add(id, text, tokens, p, time.monotonic()):
+                    self._client.send(
+                        Submit(request_id=child_id, prompt_token_ids=tokens, params=child, priority=rank)
+                    )
+            self._collect(collectors, use_tqdm)
+        except BaseException:  # Ctrl-C too: leave no request running behind
+            for id in ids:
+                self._client.send(Abort(request_ids=self._outputs.abort(id)))
+            raise
+        return [collectors[id].result for id in ids]
+
+    def _collect(self, collectors: dict[str, Collector], use_tqdm: bool) -> None:
+        with _progress(len(collectors), use_tqdm) as bar:
+            left = len(collectors)
+            while left:
+                message = self._receive()
+                if not isinstance(message, Outputs):
+                    continue
+                deltas, stopped = self._outputs.process(message.outputs)
+                if stopped:
+                    self._client.send(Abort(request_ids=stopped))
+                for delta in deltas:
+                    if collector := collectors.get(delta.request_id):
+                        collector.add(delta)
+                        bar.count(sum(len(c.token_ids) for c in delta.outputs), finished=delta.finished)
+                        left -= delta.finished
+
+    def _receive(self) -> Message | None:
+        message = self._client.receive(RECEIVE_S)
+        if isinstance(message, Fault):
+            raise EngineFault(message.reason)
+        if message is None and (reason := self._client.dead()):
+            raise EngineFault(reason)
+        return message
+
+
+class _progress:
+    """A bar of finished requests with generated tokens a second beside it."""
+
+    def __init__(self, total: int, shown: bool):
+        self._total, self._shown = total, shown
+        self._tokens = 0
+
+    def __enter__(self) -> "_progress":
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=self._total,
+            desc="Processed prompts",
+            unit="req",
+            disable=not self._shown,
+            dynamic_ncols=True,
+        )
+        self._begin = time.monotonic()
+        return self
+
+    def count(self, tokens: int, *, finished: bool) -> None:
+        self._tokens += tokens
+        if finished:
+            self._bar.set_postfix_str(
+                f"{self._tokens / (time.monotonic() - self._begin):.1f} tok/s", refresh=False
+            )
+            self._bar.update(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
