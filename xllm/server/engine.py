@@ -1,0 +1,45 @@
+"""What the server needs of an engine. `AsyncLLM` is one; the tests' fake is another."""
+
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+from xllm.config.decided import EngineConfig
+from xllm.core.output import RequestOutput
+from xllm.core.sampling import SamplingParams
+from xllm.core.stats import SchedulerStats
+from xllm.engine.health import Health
+from xllm.text.tokenizer import Tokenizer
+
+
+class Engine(Protocol):
+    """`generate` yields deltas and raises `InvalidRequest`, `Overloaded` or `Unavailable` on its first step.
+
+    Cancelling or closing the iterator aborts the request.
+    """
+
+    config: EngineConfig
+    tokenizer: Tokenizer
+    default_params: dict[str, Any]
+
+    def generate(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]: ...
+
+    def health(self) -> Health: ...
+
+    async def stats(self) -> SchedulerStats | None: ...
+
+    def count(self) -> int: ...
+
+    def stop_accepting(self) -> None: ...
+
+    async def drain(self, timeout_s: float) -> bool: ...
+
+    async def shutdown(self) -> None: ...

@@ -1,0 +1,252 @@
+"""Prometheus metrics: one table of definitions, each shown under our name and under the one dashboards know.
+
+Labels are the model's name, the engine's number and words of our own: nothing a caller sends.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from xllm.core.output import Finish, RequestMetrics, RequestOutput
+from xllm.core.stats import SchedulerStats
+
+PREFIXES = ("xllm:", "vllm:")
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_SHORT = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
+_LONG = (
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.0,
+    3.0,
+    5.0,
+    7.5,
+    10.0,
+    15.0,
+    30.0,
+    60.0,
+    120.0,
+    300.0,
+    900.0,
+)
+_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    name: str
+    kind: type[Counter] | type[Gauge] | type[Histogram]
+    help: str
+    labels: tuple[str, ...] = ()  # besides model_name and engine
+    buckets: tuple[float, ...] = ()
+
+
+# what is read off the engine's snapshot at every scrape: metric -> attribute of `SchedulerStats`
+FROM_STATS = {
+    "num_requests_running": "running",
+    "num_requests_waiting": "waiting",
+    "kv_cache_usage_perc": "kv_usage",
+    "prefix_cache_queries": "prefix_queried_tokens",
+    "prefix_cache_hits": "prefix_hit_tokens",
+    "num_preemptions": "preemptions",
+}
+
+_CACHE_LABELS = ("block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype")
+_LORA_LABELS = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+
+DEFINITIONS = (
+    Definition("num_requests_running", Gauge, "Sequences that hold a slot of the batch"),
+    Definition("num_requests_waiting", Gauge, "Sequences that wait to be scheduled"),
+    Definition("kv_cache_usage_perc", Gauge, "Share of the KV blocks in use, 0 to 1"),
+    Definition("prefix_cache_queries", Counter, "Prompt tokens looked up in the prefix cache"),
+    Definition("prefix_cache_hits", Counter, "Prompt tokens found in the prefix cache"),
+    Definition("num_preemptions", Counter, "Times a running sequence gave up its blocks"),
+    Definition("prompt_tokens", Counter, "Prompt tokens of requests that ended"),
+    Definition("generation_tokens", Counter, "Tokens generated"),
+    Definition("request_success", Counter, "Completions that ended, by reason", ("finished_reason",)),
+    Definition("time_to_first_token_seconds", Histogram, "Arrival to first token", (), _LONG),
+    Definition("inter_token_latency_seconds", Histogram, "Between two tokens of a sequence", (), _SHORT),
+    Definition(
+        "request_time_per_output_token_seconds", Histogram, "Mean time per token after the first", (), _SHORT
+    ),
+    Definition("e2e_request_latency_seconds", Histogram, "Arrival to last token", (), _LONG),
+    Definition("request_queue_time_seconds", Histogram, "Arrival to first scheduled", (), _LONG),
+    Definition("request_prefill_time_seconds", Histogram, "First scheduled to first token", (), _LONG),
+    Definition("request_decode_time_seconds", Histogram, "First token to last token", (), _LONG),
+    Definition(
+        "iteration_tokens_total", Histogram, "Tokens of an engine step, sampled each second", (), _TOKENS
+    ),
+    Definition(
+        "cache_config_info", Gauge, "The KV cache as configured; the value is always 1", _CACHE_LABELS
+    ),
+    Definition("lora_requests_info", Gauge, "LoRA adapters in use; none can be loaded yet", _LORA_LABELS),
+    Definition("spec_decode_num_drafts", Counter, "Drafts made by speculative decoding"),
+    Definition("spec_decode_num_draft_tokens", Counter, "Tokens in those drafts"),
+    Definition("spec_decode_num_accepted_tokens", Counter, "Draft tokens the model agreed with"),
+)
+
+
+class Metrics:
+    def __init__(self, model: str, cache: dict[str, str]):
+        self._registry = CollectorRegistry()
+        self._common = {"model_name": model, "engine": "0"}
+        self._by_name = {d.name: self._make(d) for d in DEFINITIONS}
+        self._totals: dict[str, float] = {}  # the engine's, as of the last scrape
+        self._labelled("cache_config_info", **cache).set(1)
+        self._labelled(
+            "lora_requests_info", max_lora="0", running_lora_adapters="", waiting_lora_adapters=""
+        ).set(0)
+        for reason in Finish:
+            self._labelled("request_success", finished_reason=reason.value)
+        self._shown = CollectorRegistry()
+        for prefix in PREFIXES:
+            self._shown.register(_Renamed(self._registry, prefix))
+
+    def meter(self) -> "Meter":
+        return Meter(self)
+
+    def text(self, stats: SchedulerStats | None) -> bytes:
+        """The page that a scrape gets; with `stats` None the engine's last known figures."""
+        if stats is not None:
+            self._read(stats)
+        return generate_latest(self._shown)
+
+    def sample_step(self, stats: SchedulerStats) -> None:
+        if stats.step_tokens and stats.running:
+            self._by_name["iteration_tokens_total"].observe(stats.step_tokens)
+
+    def token_gap(self, seconds: float, tokens: int) -> None:
+        """`tokens` tokens of a sequence came `seconds` after the one before them."""
+        histogram = self._by_name["inter_token_latency_seconds"]
+        for _ in range(tokens):
+            histogram.observe(seconds / tokens)
+
+    def request_ended(self, meter: "Meter", prompt_tokens: int) -> None:
+        self._by_name["prompt_tokens"].inc(prompt_tokens)
+        self._by_name["generation_tokens"].inc(meter.tokens)
+        for reason in meter.reasons:
+            self._labelled("request_success", finished_reason=reason).inc()
+        if meter.metrics is not None:
+            for name, seconds in _times(meter.metrics, meter.longest):
+                self._by_name[name].observe(max(0.0, seconds))
+
+    def _read(self, stats: SchedulerStats) -> None:
+        for name, attribute in FROM_STATS.items():
+            value = float(getattr(stats, attribute))
+            metric = self._by_name[name]
+            if isinstance(metric, Gauge):
+                metric.set(value)
+            else:  # the engine's total starts anew with a new engine
+                metric.inc(max(0.0, value - self._totals.get(name, 0.0)))
+                self._totals[name] = value
+
+    def _make(self, d: Definition) -> Any:
+        """The metric where it has labels of its own, else its one child, shown as zero from the start."""
+        name, labels = "xllm:" + d.name, (*self._common, *d.labels)
+        more: dict[str, Any] = {"buckets": d.buckets} if d.kind is Histogram else {}
+        made = d.kind(name, d.help, labels, registry=self._registry, **more)
+        return made if d.labels else made.labels(**self._common)
+
+    def _labelled(self, name: str, **labels: str) -> Any:
+        return self._by_name[name].labels(**self._common, **labels)
+
+
+def _times(times: RequestMetrics, tokens: int) -> Iterator[tuple[str, float]]:
+    """(histogram, seconds) of a request whose longest completion has `tokens` tokens."""
+    if times.queued_s is not None:
+        yield "request_queue_time_seconds", times.queued_s
+    if times.prefill_s is not None:
+        yield "request_prefill_time_seconds", times.prefill_s
+    if times.first_token is None:
+        return
+    yield "time_to_first_token_seconds", times.first_token - times.arrival
+    if times.finished is None:
+        return
+    decode_s = times.finished - times.first_token
+    yield "e2e_request_latency_seconds", times.finished - times.arrival
+    yield "request_decode_time_seconds", decode_s
+    if tokens > 1:
+        yield "request_time_per_output_token_seconds", decode_s / (tokens - 1)
+
+
+class Meter:
+    """What one engine request did, as its outputs go by. Reported once, at its end, however it ends."""
+
+    def __init__(self, owner: Metrics):
+        self._owner = owner
+        self._last: dict[int, float] = {}  # completion index -> when its newest token came
+        self._counts: dict[int, int] = {}
+        self.tokens = 0
+        self.reasons: list[str] = []
+        self.metrics: RequestMetrics | None = None
+
+    @property
+    def longest(self) -> int:
+        return max(self._counts.values(), default=0)
+
+    def saw(self, output: RequestOutput) -> None:
+        self.metrics = output.metrics
+        now = time.monotonic()
+        for completion in output.outputs:
+            count, index = len(completion.token_ids), completion.index
+            if count:
+                self.tokens += count
+                self._counts[index] = self._counts.get(index, 0) + count
+                if index in self._last:
+                    self._owner.token_gap(now - self._last[index], count)
+                self._last[index] = now
+            if completion.finish_reason is not None:
+                self.reasons.append(completion.finish_reason)
+
+    def ended(self, prompt_tokens: int) -> None:
+        self._owner.request_ended(self, prompt_tokens if self.metrics is not None else 0)
+
+
+class _Renamed(Collector):
+    """A registry's metrics under another prefix."""
+
+    def __init__(self, registry: CollectorRegistry, prefix: str):
+        self._registry = registry
+        self._prefix = prefix
+
+    def collect(self) -> Iterable[Metric]:
+        for metric in self._registry.collect():
+            copy = Metric(self._name(metric.name), metric.documentation, metric.type, metric.unit)
+            copy.samples = [
+                Sample(self._name(s.name), *s[1:]) for s in metric.samples if not s.name.endswith("_created")
+            ]
+            yield copy
+
+    def _name(self, name: str) -> str:
+        return self._prefix + name.partition(":")[2]
