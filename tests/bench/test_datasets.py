@@ -189,5 +189,5 @@ class TestVocabulary:
         assert words.count("") == 1
 
     def test_ids_alone_cannot_count_text(self):
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(ConfigError):
             IDS.count("text")

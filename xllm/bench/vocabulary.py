@@ -54,7 +54,7 @@ class IdVocabulary:
         return list(tokens), len(tokens)
 
     def count(self, text: str) -> int:
-        raise NotImplementedError("ids without a tokenizer cannot count text")
+        raise ConfigError("a data set of texts needs --tokenizer to count their tokens")
 
 
 class TokenVocabulary:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from xllm.config.flags import from_namespace
 from xllm.config.options import knob
 from xllm.core.errors import XllmError
+from xllm.server.answer import Model
 from xllm.server.talk import (
-    Model,
     TalkOptions,
     add_parser,
     ask_once,

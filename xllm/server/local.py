@@ -12,8 +12,8 @@ from xllm.core.errors import EngineFault
 from xllm.core.output import RequestOutput
 from xllm.core.sampling import SamplingParams
 from xllm.engine.async_llm import AsyncLLM
+from xllm.server.answer import Answer, Piece
 from xllm.server.console import Console
-from xllm.server.talk import Answer, Piece
 from xllm.server.templates import choose_template
 from xllm.wire.messages import Loading
 

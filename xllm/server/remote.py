@@ -6,7 +6,7 @@ import httpx
 import msgspec
 
 from xllm.core.errors import XllmError
-from xllm.server.talk import Answer, Piece
+from xllm.server.answer import Answer, Piece
 
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 600.0  # a first token may be long in coming

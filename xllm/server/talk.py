@@ -5,13 +5,14 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from xllm.config.flags import add_flags, from_namespace
 from xllm.config.options import EngineOptions, knob
 from xllm.core.errors import ConfigError, XllmError
+from xllm.server.answer import Answer, Model
 
 FAILED = 1
 
@@ -34,28 +35,6 @@ class TalkOptions:
         """Only what was given."""
         named = {"max_tokens": self.max_tokens, "temperature": self.temperature, "top_p": self.top_p}
         return {name: value for name, value in named.items() if value is not None}
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A piece of an answer. `total_tokens` is of the whole answer, where the server says so at its end."""
-
-    text: str
-    tokens: int = 0
-    total_tokens: int | None = None
-
-
-Answer = Generator[Piece, None, None]
-
-
-class Model(Protocol):
-    """Closing an answer before its end stops the model."""
-
-    def chat(self, messages: list[dict[str, str]]) -> Answer: ...
-
-    def complete(self, prompt: str) -> Answer: ...
-
-    def close(self) -> None: ...
 
 
 def add_parser(
