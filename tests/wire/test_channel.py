@@ -19,6 +19,7 @@ def ends(request):
         there, back = f"ipc://{directory}/there", f"ipc://{directory}/back"
         a = ZmqChannel(context, send_to=there, receive_from=back, bind=True)
         b = ZmqChannel(context, send_to=back, receive_from=there, bind=False)
+        assert a.wait_connected(5.0)
         yield a, b
         a.close()
         b.close()

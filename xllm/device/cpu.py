@@ -7,8 +7,8 @@ class CpuDevice:
     torch_device = torch.device("cpu")
 
     def prepare(self, *, threads: int) -> None:
+        # Nothing else of the thread is changed (denormals stay denormals): with depth 1 it is the caller's own.
         torch.set_num_threads(threads)
-        torch.set_flush_denormal(True)  # a denormal costs a hundred cycles and no model means one
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         # malloc of this size is mmap: pages become resident when a block is first written

@@ -25,6 +25,7 @@ from xllm.wire.messages import Fault, Heartbeat, Loading, Message, Ready, Shutdo
 
 OnLoading = Callable[[Loading], None]
 SHUTDOWN_WAIT_S = 5.0
+CONNECT_WAIT_S = 5.0
 
 
 class EngineClient(Protocol):
@@ -117,6 +118,8 @@ class ProcessClient:
                 on_loading(message)
             elif isinstance(message, Ready):
                 self.startup_s = dict(message.seconds)
+                if not self._channel.wait_connected(CONNECT_WAIT_S):
+                    raise EngineFault("the engine process does not listen to us")
                 return
             elif message is None and (reason := self.dead()):
                 raise EngineFault(reason)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import numpy as np
 import torch
 
@@ -43,19 +44,11 @@ class Runner:
         fwd = self._buffers.forward(plan, self._kv_cache, rows.astype(np.int64))
         hidden = self._model.forward(fwd)
         result = self._sample(plan, sampling, hidden[: len(sampling)])
-        if prompt_rows:
-            prompt_logprobs = self._score_prompts(plan, prompt_rows, hidden[len(sampling) :])
-            result = StepResult(
-                step=plan.step,
-                tokens=result.tokens,
-                logprobs=result.logprobs,
-                prompt_logprobs=prompt_logprobs,
-                errors=result.errors,
-            )
-        return StepResult(
-            step=result.step, tokens=result.tokens, logprobs=result.logprobs, prompt_logprobs=result.prompt_logprobs,
-            errors=result.errors, seconds=time.perf_counter() - begin,
-        )  # fmt: skip
+        prompt_logprobs = (
+            self._score_prompts(plan, prompt_rows, hidden[len(sampling) :]) if prompt_rows else {}
+        )
+        seconds = time.perf_counter() - begin
+        return msgspec.structs.replace(result, prompt_logprobs=prompt_logprobs, seconds=seconds)
 
     def _admit(self, plan: StepPlan) -> None:
         self._buffers.admit(plan)

@@ -61,6 +61,10 @@ class ZmqChannel:
         self._pull.linger = 0
         (self._pull.bind if bind else self._pull.connect)(receive_from)
 
+    def wait_connected(self, timeout_s: float) -> bool:
+        """Connecting takes a moment; until then `send` has nobody to send to."""
+        return self._sender.wait_connected(timeout_s)
+
     def send(self, message: Message) -> None:
         self._sender.send(message)
 
@@ -82,6 +86,9 @@ class ZmqSender:
         self._push.set_hwm(0)
         self._push.linger = 500  # ms: enough for a last word, never a hang at exit
         (self._push.bind if bind else self._push.connect)(address)
+
+    def wait_connected(self, timeout_s: float) -> bool:
+        return bool(self._push.poll(round(timeout_s * 1000), zmq.POLLOUT))
 
     def send(self, message: Message) -> None:
         """Never blocks. Raises WireError when nobody is connected: a PUSH socket would wait for a peer for ever."""
