@@ -2,7 +2,7 @@ from xllm.scheduler.admission import Demand, no_eviction, optimistic
 
 
 def demand(**changes: int) -> Demand:
-    return Demand(**{"now": 3, "at_worst": 8, "available": 10, "running": 2, "promised": 2, **changes})
+    return Demand(**{"now": 3, "at_worst": 8, "available": 10, "margin": 2, "promised": 2, **changes})
 
 
 def test_optimistic_asks_for_the_present_and_a_margin():
@@ -12,8 +12,8 @@ def test_optimistic_asks_for_the_present_and_a_margin():
 
 
 def test_optimistic_has_no_margin_when_nobody_runs():
-    assert optimistic(demand(now=10, running=0))
-    assert not optimistic(demand(now=11, running=0))
+    assert optimistic(demand(now=10, margin=0))
+    assert not optimistic(demand(now=11, margin=0))
 
 
 def test_no_eviction_asks_for_everybodys_longest_end():

@@ -71,3 +71,15 @@ def test_the_least_liked_request_ends_under_an_endless_stream(batching, order, a
 @settings(max_examples=10, deadline=None)
 def test_whatever_the_stream(batching, order, admission, seed):
     flooded(seed, batching=batching, order=order, admission=admission)
+
+
+def test_nobody_is_preempted_and_readmitted_for_ever():
+    """A sequence that takes more than one block a step was once starved by the very request it had preempted: that one
+    was let in again with the blocks it had just given back, and both stood still."""
+    rig = Rig(
+        num_blocks=12, max_num_seqs=8, max_num_batched_tokens=6, long_prefill_token_threshold=1, depth=1,
+        batching="prefill_first", order="deadline", max_model_len=48, burst=5,
+    )  # fmt: skip
+    for i, length in enumerate([4, 14, 14, 5, 9, 6]):
+        rig.add(request(f"r{i}", [0] * length, None, seed=0))
+    rig.drain(turns=400).check_outputs()

@@ -1,4 +1,4 @@
-"""Whether the memory left is enough to let the next waiting request run. All numbers are blocks but `running`."""
+"""Whether the memory left is enough to let the next waiting request run. All numbers are blocks."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ class Demand:
     now: int  # to allocate for the tokens it has, after prefix hits
     at_worst: int  # to allocate until it ends, if it grows as long as it may
     available: int  # what the pool can hand out once the hits are shared
-    running: int  # sequences that run already
+    margin: int  # what those who run may take in their next step
     promised: int  # what those may still ask for, if all grow as long as they may
 
 
@@ -18,7 +18,7 @@ def optimistic(demand: Demand) -> bool:
     The margin keeps a request from being admitted only to be preempted a step later. With nobody running there is none:
     a request that alone fits the pool is never refused for ever.
     """
-    return demand.now + demand.running <= demand.available
+    return demand.now + demand.margin <= demand.available
 
 
 def no_eviction(demand: Demand) -> bool:

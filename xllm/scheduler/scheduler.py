@@ -177,7 +177,7 @@ class Scheduler:
             now=tables.blocks_for(request.num_known) - len(hits),
             at_worst=tables.at_most(request) - len(hits),
             available=self.pool.num_available - self.pool.num_reusable(hits),
-            running=self.num_running,
+            margin=self.num_running * tables.blocks_for(self._burst),
             promised=tables.promised,
         )
         if not self._admission(demand):
