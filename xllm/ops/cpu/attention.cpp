@@ -7,46 +7,16 @@
 // see counts as an exact zero. So a query's result is bitwise independent of the batch, the chunking and the threads.
 //
 // Legend: a row is one query head of one token; the rows that share a KV head are computed together. Q query heads,
-// H KV heads, G = Q / H, D head size, padded to DP, a multiple of the vector length.
-#include <algorithm>
-#include <memory>
+// H KV heads, G = Q / H, D head size, padded to DP, a multiple of PIECE.
 #include <vector>
 
+#include "plan.h"
 #include "pool.h"
 #include "tile.h"
 
 namespace {
 
-constexpr int64_t SPLIT = 256;  // a multiple of TILE
-constexpr int64_t ROWS = 32;    // rows of a query block, unless one token alone has more
-constexpr int64_t SMALL = 1 << 15;  // multiplications that are not worth waking a second thread
-
-template <typename KV>
-struct Call {
-  const float* q;
-  int64_t q_stride;  // numbers between tokens
-  const KV* cache;   // at the layer, in block 0
-  int64_t block_stride, block_size;
-  const int32_t *starts, *contexts, *table;
-  int64_t S, table_width;
-  float scale;
-  int64_t window;  // 0: none
-  int64_t Q, H, D, DP;
-  float* out;  // [T, Q, D]
-};
-
-// Rows of one KV head: tokens `first` .. `first + tokens` of sequence s, over the splits `from` .. `to`.
-struct Item {
-  int32_t s, head, first, tokens;
-  int32_t from, to;
-  int32_t join;  // which Join its result goes to; -1: it is the whole result
-};
-
-// Splits computed apart; the thread that brings the last one merges them all.
-struct Join {
-  int32_t left, first, splits;
-  int64_t state;  // where in the shared memory its states begin
-};
+constexpr int ASKS = 8;  // parts in which a KV head's share of the next tile is asked for
 
 struct Scratch {
   std::vector<float> memory;
@@ -65,114 +35,171 @@ struct Scratch {
   }
 };
 
+// Where the keys and values of a tile's tokens lie. Those past the last repeat it.
+template <typename E>
+struct Places {
+  const E *keys[TILE], *values[TILE];
+};
+
+// What comes next is asked for bit by bit while the present is computed, so that memory never rests: heads of successive
+// tokens lie too far apart for the processor to guess. In the order of memory, one head of one token at a time.
+template <typename KV>
+struct Ahead {
+  Places<KV> places;
+  int heads, tokens, row, head, at_once;
+  int64_t size;  // of a head
+
+  void begin(int count, int parts) {
+    tokens = count, row = head = 0;
+    at_once = (2 * tokens * heads + parts - 1) / parts;
+  }
+
+  void ask() {
+    for (int i = 0; i < at_once && row < 2 * tokens; i++) {
+      const KV* from = (row < tokens ? places.keys[row] : places.values[row - tokens]) + head * size;
+      for (int64_t d = 0; d < size; d += 64 / sizeof(KV)) __builtin_prefetch(from + d);
+      if (++head == heads) head = 0, row++;
+    }
+  }
+};
+
 template <typename KV>
 struct Block {
   const Call<KV>& c;
   const Item& item;
   Scratch& scratch;
   int64_t G, context, position;  // position of the first token
-  int rows;
+  int rows, all;                 // of one KV head, of all of them
 
   Block(const Call<KV>& c, const Item& item, Scratch& scratch) : c(c), item(item), scratch(scratch) {
     G = c.Q / c.H;
     context = c.contexts[item.s];
     position = context - (c.starts[item.s + 1] - c.starts[item.s]) + item.first;
     rows = (int)(item.tokens * G);
+    all = rows * item.heads;
   }
 
   // Where row r's query head lies in a [T, Q] arrangement of heads.
-  int64_t token(int r) const { return c.starts[item.s] + item.first + r / G; }
-  int64_t head(int r) const { return item.head * G + r % G; }
+  int64_t token(int r) const { return c.starts[item.s] + item.first + r % rows / G; }
+  int64_t head(int r) const { return (item.head + r / rows) * G + r % G; }
 
   void load_queries() {
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; r < all; r++) {
       const float* from = c.q + token(r) * c.q_stride + head(r) * c.D;
       float* to = scratch.q + r * c.DP;
-      for (int64_t d = 0; d < c.D; d++) to[d] = from[d] * c.scale;
-      std::fill(to + c.D, to + c.DP, 0.f);
+      in_pieces(from, c.D, to, [&](const float* piece, float* arranged) { arrange<KV>(piece, arranged); });
+      for (int64_t d = 0; d < c.DP; d += VL) store(to + d, load(to + d) * c.scale);
     }
   }
 
-  // Keys and values of the positions t .. t + TILE, widened; zeros past the context. What comes after them is asked
-  // for ahead: heads of successive tokens lie too far apart for the processor to guess.
-  void load_tile(int64_t t) {
-    int64_t valid = std::min<int64_t>(TILE, context - t), ahead = std::min<int64_t>(TILE, context - t - TILE);
-    int64_t dp = c.DP, values = c.block_size * c.H * c.D;
-    float *k = scratch.k, *v = scratch.v;
-    each_run(t, valid, [=, d = c.D, stride = c.H * c.D](const KV* key, int64_t tokens) mutable {
-      for (; tokens; tokens--, key += stride, k += dp, v += dp) {
-        widen_row(key, k, d, dp);
-        widen_row(key + values, v, d, dp);
-      }
-    });
-    std::fill(scratch.k + valid * dp, scratch.k + TILE * dp, 0.f);
-    std::fill(scratch.v + valid * dp, scratch.v + TILE * dp, 0.f);
-    if (ahead > 0)
-      each_run(t + TILE, ahead, [=, bytes = c.D * (int64_t)sizeof(KV), stride = c.H * c.D](const KV* key, int64_t tokens) {
-        for (; tokens; tokens--, key += stride)
-          for (int64_t line = 0; line < bytes; line += 64) {
-            __builtin_prefetch((const char*)key + line);
-            __builtin_prefetch((const char*)(key + values) + line);
-          }
-      });
-  }
-
-  // f(first key, tokens) for each run of the positions t .. t + count that lies within one block.
-  template <typename F>
-  void each_run(int64_t t, int64_t count, F&& f) {
-    const int32_t* table = c.table + item.s * c.table_width;
-    while (count > 0) {
-      int64_t offset = t % c.block_size, tokens = std::min(count, c.block_size - offset);
-      f(c.cache + table[t / c.block_size] * c.block_stride + (offset * c.H + item.head) * c.D, tokens);
-      t += tokens, count -= tokens;
-    }
-  }
-
-  static void widen_row(const KV* from, float* to, int64_t size, int64_t padded) {
+  // f(piece of `from`, place in `to`) over `size` numbers, filled up with zeros.
+  template <typename T, typename F>
+  static void in_pieces(const T* from, int64_t size, float* to, F&& f) {
     int64_t d = 0;
-    for (; d + 4 * VL <= size; d += 4 * VL) {
-      vf a = load(from + d), b = load(from + d + VL), e = load(from + d + 2 * VL), f = load(from + d + 3 * VL);
-      store(to + d, a), store(to + d + VL, b), store(to + d + 2 * VL, e), store(to + d + 3 * VL, f);
-    }
-    for (; d + VL <= size; d += VL) store(to + d, load(from + d));
-    for (; d < size; d++) to[d] = widen(from[d]);
-    for (; d < padded; d++) to[d] = 0.f;
+    for (; d + PIECE <= size; d += PIECE) f(from + d, to + d);
+    if (d == size) return;
+    T rest[PIECE] = {};
+    std::copy(from + d, from + size, rest);
+    f(rest, to + d);
   }
 
-  // First position that row r sees, and one past its last.
+  // Finds the positions t .. t + TILE of the first head; says how many the context has.
+  int locate(int64_t t, Places<KV>& places) const {
+    int valid = (int)std::min<int64_t>(TILE, context - t), i = 0;
+    int64_t values = c.block_size * c.H * c.D;
+    const int32_t* table = c.table + item.s * c.table_width;
+    while (i < valid) {
+      int64_t offset = (t + i) % c.block_size, run = std::min<int64_t>(valid - i, c.block_size - offset);
+      const KV* key = c.cache + table[(t + i) / c.block_size] * c.block_stride + (offset * c.H + item.head) * c.D;
+      for (; run; run--, i++, key += c.H * c.D) places.keys[i] = key, places.values[i] = key + values;
+    }
+    for (; i < TILE; i++) places.keys[i] = places.keys[valid - 1], places.values[i] = places.values[valid - 1];
+    return valid;
+  }
+
+  void widen_tile(const Places<KV>& from, int valid, Places<float>& to) {
+    auto widened = [](const KV* piece, float* into) {
+      vf x[2];
+      load_piece(piece, x);
+      store(into, x[0]), store(into + VL, x[1]);
+    };
+    for (int i = 0; i < valid; i++) {
+      in_pieces(from.keys[i], c.D, scratch.k + i * c.DP, widened);
+      in_pieces(from.values[i], c.D, scratch.v + i * c.DP, widened);
+    }
+    for (int i = 0; i < TILE; i++) {
+      int at = std::min(i, valid - 1);
+      to.keys[i] = scratch.k + at * c.DP, to.values[i] = scratch.v + at * c.DP;
+    }
+  }
+
+  // First position that a token sees, and one past its last.
   int64_t begin(int64_t token) const { return c.window ? std::max<int64_t>(0, position + token - c.window + 1) : 0; }
   int64_t end(int64_t token) const { return position + token + 1; }
 
   void run_split(int64_t split, Row* state) {
-    for (int r = 0; r < rows; r++) {
+    for (int r = 0; r < all; r++) {
       state[r].high = NEVER, state[r].total = 0.f;
       std::fill(state[r].values, state[r].values + c.DP, 0.f);
     }
-    int64_t from = std::max(split * SPLIT, begin(0) / TILE * TILE);
-    int64_t to = std::min((split + 1) * SPLIT, end(item.tokens - 1));
-    int64_t dp = c.DP;
-    Scratch& m = scratch;
-    float* values = state[0].values;
+    int64_t from = std::max(split * SPLIT, begin(0) / TILE * TILE), stop = std::min(item.to * SPLIT, end(item.tokens - 1));
+    int64_t to = std::min((split + 1) * SPLIT, stop);
+    Places<KV> places;
+    Places<float> wide;
+    Ahead<KV> ahead;
+    ahead.heads = item.heads, ahead.size = c.D;
     for (int64_t t = from; t < to; t += TILE) {
-      load_tile(t);
-      in_fours(
-          rows, [&](int r) { tile_dots<4>(m.q + r * dp, m.k, dp, m.scores + r * TILE); },
-          [&](int r) { tile_dots<2>(m.q + r * dp, m.k, dp, m.scores + r * TILE); },
-          [&](int r) { tile_dots<1>(m.q + r * dp, m.k, dp, m.scores + r * TILE); });
-      for (int r = 0; r < rows; r++) {
-        int64_t first = std::clamp<int64_t>(begin(r / G) - t, 0, TILE), last = std::clamp<int64_t>(end(r / G) - t, 0, TILE);
-        soften(state[r], m.scores + r * TILE, (int)first, (int)last, dp);
+      int valid = locate(t, places);
+      int next = t + TILE < stop ? locate(t + TILE, ahead.places) : 0;
+      ahead.begin(next, item.heads * ASKS);
+      if (c.direct(rows)) {
+        run_tile(t, places, valid, state, ahead);
+      } else {
+        widen_tile(places, valid, wide);
+        run_tile(t, wide, valid, state, ahead);
       }
+    }
+  }
+
+  // All rows with the tile that begins at position t: KV heads lie beside each other, and so do their rows.
+  template <typename E>
+  void run_tile(int64_t t, const Places<E>& places, int valid, Row* state, Ahead<KV>& ahead) {
+    int64_t dp = c.DP;
+    auto ask = [&] { ahead.ask(); };
+    for (int h = 0; h < item.heads; h++) {
+      const E* keys[TILE];
+      for (int i = 0; i < TILE; i++) keys[i] = places.keys[i] + h * c.D;
+      const float* q = scratch.q + h * rows * dp;
+      float* scores = scratch.scores + h * rows * TILE;
       in_fours(
-          rows, [&](int r) { tile_weigh<4>(m.scores + r * TILE, m.v, dp, values + r * dp); },
-          [&](int r) { tile_weigh<2>(m.scores + r * TILE, m.v, dp, values + r * dp); },
-          [&](int r) { tile_weigh<1>(m.scores + r * TILE, m.v, dp, values + r * dp); });
+          rows, [&](int r) { tile_dots<4>(q + r * dp, keys, valid, dp, scores + r * TILE, ask); },
+          [&](int r) { tile_dots<2>(q + r * dp, keys, valid, dp, scores + r * TILE, ask); },
+          [&](int r) { tile_dots<1>(q + r * dp, keys, valid, dp, scores + r * TILE, ask); });
+    }
+    for (int r = 0; r < all; r++) {
+      int64_t token = r % rows / G;
+      int64_t first = std::clamp<int64_t>(begin(token) - t, 0, TILE), last = std::clamp<int64_t>(end(token) - t, 0, TILE);
+      soften(state[r], scratch.scores + r * TILE, (int)first, (int)last, dp);
+    }
+    for (int h = 0; h < item.heads; h++) {
+      const E* tokens[TILE];
+      for (int i = 0; i < TILE; i++) tokens[i] = places.values[i] + h * c.D;
+      const float* scores = scratch.scores + h * rows * TILE;
+      float* values = state[h * rows].values;
+      in_fours(
+          rows, [&](int r) { tile_weigh<4>(scores + r * TILE, tokens, valid, dp, values + r * dp, ask); },
+          [&](int r) { tile_weigh<2>(scores + r * TILE, tokens, valid, dp, values + r * dp, ask); },
+          [&](int r) { tile_weigh<1>(scores + r * TILE, tokens, valid, dp, values + r * dp, ask); });
     }
   }
 
   void finish(int r, const Row& row) {
     float* to = c.out + (token(r) * c.Q + head(r)) * c.D;
-    for (int64_t d = 0; d < c.D; d++) to[d] = row.values[d] / row.total;
+    for (int64_t d = 0; d < c.D; d += PIECE) {
+      float piece[PIECE];
+      restore<KV>(row.values + d, piece);
+      for (int64_t i = 0; i < std::min<int64_t>(PIECE, c.D - d); i++) to[d + i] = piece[i] / row.total;
+    }
   }
 };
 
@@ -184,92 +211,57 @@ void place(Row* rows, int count, float* values, int64_t dp) {
 template <typename KV>
 void run_whole(Block<KV>& block, Scratch& scratch, int64_t dp) {
   Row *whole = scratch.whole_rows.data(), *part = scratch.part_rows.data();
-  place(whole, block.rows, scratch.whole, dp);
-  place(part, block.rows, scratch.part, dp);
-  std::fill(scratch.whole, scratch.whole + block.rows * dp, 0.f);
+  place(whole, block.all, scratch.whole, dp);
+  place(part, block.all, scratch.part, dp);
+  std::fill(scratch.whole, scratch.whole + block.all * dp, 0.f);
   for (int64_t split = block.item.from; split < block.item.to; split++) {
     block.run_split(split, part);
-    for (int r = 0; r < block.rows; r++) merge(whole[r], part[r], dp);
+    for (int r = 0; r < block.all; r++) merge(whole[r], part[r], dp);
   }
-  for (int r = 0; r < block.rows; r++) block.finish(r, whole[r]);
+  for (int r = 0; r < block.all; r++) block.finish(r, whole[r]);
 }
 
 // One split of a query block; its state goes to shared memory: per row the values, then high and total.
 template <typename KV>
 void run_shared(Block<KV>& block, Scratch& scratch, int64_t dp, Join& join, float* shared) {
   Row* part = scratch.part_rows.data();
-  int64_t size = block.rows * (dp + 2);
+  int64_t size = block.all * (dp + 2);
   float* mine = shared + join.state + (block.item.from - join.first) * size;
-  place(part, block.rows, mine, dp);
+  place(part, block.all, mine, dp);
   block.run_split(block.item.from, part);
-  for (int r = 0; r < block.rows; r++) {
-    mine[block.rows * dp + 2 * r] = part[r].high;
-    mine[block.rows * dp + 2 * r + 1] = part[r].total;
+  for (int r = 0; r < block.all; r++) {
+    mine[block.all * dp + 2 * r] = part[r].high;
+    mine[block.all * dp + 2 * r + 1] = part[r].total;
   }
   if (__atomic_sub_fetch(&join.left, 1, __ATOMIC_ACQ_REL)) return;
-  for (int r = 0; r < block.rows; r++) {
+  for (int r = 0; r < block.all; r++) {
     Row whole = {NEVER, 0.f, scratch.whole};
     std::fill(scratch.whole, scratch.whole + dp, 0.f);
     for (int64_t i = 0; i < join.splits; i++) {
       float* state = shared + join.state + i * size;
-      float* sums = state + block.rows * dp + 2 * r;
+      float* sums = state + block.all * dp + 2 * r;
       merge(whole, {sums[0], sums[1], state + r * dp}, dp);
     }
     block.finish(r, whole);
   }
 }
 
-// Cuts the step into items, the long ones of a sequence first. Few rows over a long context are cut by splits.
-template <typename KV>
-struct Plan {
-  std::vector<Item> items;
-  std::vector<Join> joins;
-  int64_t shared = 0, work = 0;
-
-  explicit Plan(const Call<KV>& c) {
-    int64_t G = c.Q / c.H, block = std::max<int64_t>(1, ROWS / G);
-    for (int32_t s = 0; s < c.S; s++) {
-      int64_t tokens = c.starts[s + 1] - c.starts[s], start = c.contexts[s] - tokens;
-      work += tokens * c.contexts[s] * c.Q * c.D;
-      for (int64_t first = (tokens - 1) / block * block; first >= 0; first -= block) {
-        int64_t count = std::min(block, tokens - first);
-        int64_t from = c.window ? std::max<int64_t>(0, start + first - c.window + 1) / SPLIT : 0;
-        int64_t to = (start + first + count - 1) / SPLIT + 1;
-        bool apart = tokens <= block && to - from > 1;
-        for (int32_t head = 0; head < c.H; head++) add(c, {s, head, (int32_t)first, (int32_t)count, (int32_t)from, (int32_t)to, -1}, apart);
-      }
-    }
-  }
-
-  void add(const Call<KV>& c, Item item, bool apart) {
-    if (!apart) return items.push_back(item);
-    int32_t splits = item.to - item.from;
-    item.join = (int32_t)joins.size();
-    joins.push_back({splits, item.from, splits, shared});
-    shared += splits * item.tokens * (c.Q / c.H) * (c.DP + 2);
-    for (int32_t from = item.from; from < item.to; from++) {
-      Item one = item;
-      one.from = from, one.to = from + 1;
-      items.push_back(one);
-    }
-  }
-};
-
 template <typename KV>
 void attend(Call<KV> c, int threads) {
-  c.DP = (c.D + VL - 1) / VL * VL;
-  Plan<KV> plan(c);
-  std::unique_ptr<float[]> shared(new float[plan.shared]);
-  if (plan.work < SMALL) threads = 1;
-  each((int64_t)plan.items.size(), threads, [&](int64_t i) {
+  c.DP = (c.D + PIECE - 1) / PIECE * PIECE;
+  Plan<KV> plan(c, threads);
+  static thread_local std::vector<float> memory;  // kept: fresh memory would have to be cleared by the kernel
+  memory.resize(std::max<size_t>(memory.size(), plan.shared));
+  float* shared = memory.data();
+  each((int64_t)plan.items.size(), plan.threads, [&](int64_t i) {
     static thread_local Scratch scratch;
-    scratch.fit(c.DP, std::max(ROWS, c.Q / c.H));
+    scratch.fit(c.DP, std::max(ROWS, plan.G));
     Block<KV> block(c, plan.items[i], scratch);
     block.load_queries();
     if (block.item.join < 0)
       run_whole(block, scratch, c.DP);
     else
-      run_shared(block, scratch, c.DP, plan.joins[block.item.join], shared.get());
+      run_shared(block, scratch, c.DP, plan.joins[block.item.join], shared);
   });
 }
 

@@ -28,6 +28,7 @@ constexpr int MR = 6;  // 24 of 32 registers accumulate
 constexpr int MR = 3;  // 12 of 16
 #endif
 constexpr int64_t KC = 256;   // k of a tile before the next: that piece of a panel stays in the first-level cache
+constexpr int64_t KC_FEW = 128;  // with few tokens: that piece and the next, which memory brings meanwhile, stay there
 constexpr int64_t MC = 240;   // tokens whose KC numbers stay in the second-level cache; a multiple of MR
 constexpr int64_t GROUP = 4;  // panels a thread takes at a time
 constexpr int64_t AHEAD = 2048;  // bytes of weight fetched ahead where each is used by one tile only
@@ -147,6 +148,7 @@ void stripe(const Product& p, const typename Way::X* x, const typename Way::W* w
   const typename Way::W* numbers = weight + (panel * p.K + k0) / Way::STEP * NR;
   int64_t n = panel * NR, columns = std::min<int64_t>(NR, p.N - n);
   int64_t pieces = (m1 - m0 + MR - 1) / MR;
+  if (pieces == 3) pieces = 4;  // equal shares of what is fetched
   float spare[MR * NR] = {};
   for (int64_t piece = 0; piece < pieces; piece++) {
     int64_t first = m0 + (m1 - m0) * piece / pieces, rows = m0 + (m1 - m0) * (piece + 1) / pieces - first;
@@ -171,7 +173,7 @@ template <typename Way>
 void multiply(const Product& p, const typename Way::X* x, const typename Way::W* weight, int threads) {
   int64_t count = (p.N + NR - 1) / NR;
   int64_t group = std::max<int64_t>(1, std::min(GROUP, count / (4 * threads)));
-  int64_t depth_step = p.M <= MR ? p.K : KC;
+  int64_t depth_step = p.M <= MR ? p.K : p.M <= FEW ? KC_FEW : KC;
   int64_t panels_at_once = p.M <= FEW ? 1 : group;  // few tokens: read each panel through; many: use their numbers again
   if (p.M * p.N * p.K < SMALL) threads = 1;
   each((count + group - 1) / group, threads, [&](int64_t g) {
