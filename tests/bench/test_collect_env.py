@@ -7,7 +7,9 @@ def test_facts_are_there(capsys):
     assert collect_env.main(["--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["cpu"]["usable_cores"] >= 1
-    assert facts["torch"]["version"].startswith(facts["packages"]["torch"])  # builds add a suffix such as +cu130
+    assert facts["torch"]["version"].startswith(
+        facts["packages"]["torch"]
+    )  # builds add a suffix such as +cu130
     assert facts["memory_gib"] > 0
 
 

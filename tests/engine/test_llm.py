@@ -53,6 +53,12 @@ def test_chat_goes_through_the_template(llm):
     assert len(llm.chat([messages, messages], GREEDY, use_tqdm=False)) == 2
 
 
+def test_chat_answers_may_fill_the_context(llm):
+    (out,) = llm.chat([{"role": "user", "content": "the cat"}], use_tqdm=False)
+    assert len(out.outputs[0].token_ids) > 16 or out.outputs[0].finish_reason == "stop"
+    assert out.outputs[0].finish_reason in ("stop", "length")
+
+
 def test_n_gives_different_completions_and_seeds_repeat_them(llm):
     params = SamplingParams(n=4, temperature=1.0, seed=5, max_tokens=10, ignore_eos=True)
     first, again = (llm.generate("the cat", params, use_tqdm=False)[0] for _ in range(2))

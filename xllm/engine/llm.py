@@ -76,7 +76,12 @@ class LLM:
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Like `generate`, for one conversation or a list of them, through the model's chat template."""
+        """Like `generate`, for one conversation or a list of them, through the model's chat template.
+
+        Without parameters an answer may be as long as the context allows, as over HTTP.
+        """
+        if sampling_params is None:
+            sampling_params = SamplingParams(**{"max_tokens": None, **self._defaults})
         conversations = cast(
             Sequence[Sequence[Mapping[str, Any]]],
             [messages] if messages and isinstance(messages[0], Mapping) else messages,
