@@ -4,7 +4,6 @@ import asyncio
 import json
 import random
 import socket
-import time
 
 import httpx
 import pytest
@@ -103,8 +102,6 @@ async def test_many_at_random_moments(live, count):
         leaving = [leave(stream) for _ in range(count) for stream in (True, False)]
         *_, beside = await asyncio.gather(*leaving, canary())
         assert beside == alone
-    left = time.monotonic()
     until(live.idle, "everything to stop", timeout_s=1.0)
-    assert time.monotonic() - left < 1.0
     stats = await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(live.engine.stats(), live.loop))
     assert stats is not None

@@ -283,12 +283,12 @@ POISON = {
 
 @pytest.mark.parametrize("name", POISON)
 def test_poison_is_refused_in_time(name: str):
-    begin = time.perf_counter()
+    begin = time.thread_time()  # effort, not patience: the machine may be busy
     template = ChatTemplate({"default": POISON[name]})
     with pytest.raises(InvalidRequest) as caught:
         template.render([USER])
     assert caught.value.param == "messages"
-    assert time.perf_counter() - begin < 5.0
+    assert time.thread_time() - begin < 5.0
 
 
 def test_what_templates_may_do():

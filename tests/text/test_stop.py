@@ -108,8 +108,8 @@ def test_useless_and_huge_stop_strings_are_refused(stops: list[str]):
 def test_the_worst_stop_strings_stay_cheap():
     stops = ["a" * n + "b" for n in range(1, 64)]
     matcher = StopMatcher(stops)
-    begin = time.perf_counter()
+    begin = time.thread_time()
     for _ in range(200):
         assert matcher.push("a" * 1000)[1] is None
-    assert time.perf_counter() - begin < 5.0
+    assert time.thread_time() - begin < 5.0
     assert matcher.push("b")[1] == stops[-1]

@@ -156,10 +156,10 @@ def test_the_lower_bound_holds_where_normalizing_shortens(text: str):
 def test_a_hopeless_text_is_refused_before_any_work():
     tokenizer = TOKENIZERS["byte-level"]
     text = "x" * 10_000_000
-    begin = time.perf_counter()
+    begin = time.thread_time()
     with pytest.raises(InvalidRequest, match="at most 4096") as caught:
         tokenizer.check_length(text, 4096)
-    assert time.perf_counter() - begin < 1.0
+    assert time.thread_time() - begin < 1.0
     assert caught.value.code == "context_length_exceeded"
     tokenizer.check_length("short", 4096)
     tokenizer.check_length("x" * 5000, 4096)  # may or may not fit: only encoding can tell
