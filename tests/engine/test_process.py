@@ -1,6 +1,7 @@
 """The engine as a child process: what becomes of it when its parent ends, and what its parent learns when it ends."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -46,9 +47,12 @@ def wait_until(condition, timeout_s=20.0):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_no_engine_outlives_its_parent(model, how):
+def test_no_engine_outlives_its_parent_nor_leaves_files(model, how, tmp_path):
     parent = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(PARENT), str(model)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(PARENT), str(model)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     with parent:
         assert parent.stdout is not None
@@ -59,6 +63,7 @@ def test_no_engine_outlives_its_parent(model, how):
         wait_until(
             lambda: not psutil.pid_exists(engine) or psutil.Process(engine).status() == psutil.STATUS_ZOMBIE
         )
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_ctrl_c_in_the_terminal_is_the_parents_to_handle(config):

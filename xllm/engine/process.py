@@ -2,10 +2,12 @@
 
 import faulthandler
 import os
+import shutil
 import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -30,14 +32,13 @@ class Launch(msgspec.Struct, frozen=True):
 
 
 def main() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a Ctrl-C in the terminal reaches us too; the parent decides
+    # a Ctrl-C in the terminal reaches us too; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # written in C: works while the interpreter hangs
     launch = msgspec.json.decode(sys.stdin.buffer.readline(), type=Launch)
-    threading.Thread(target=_end_with_parent, name="xllm-lifeline", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(launch,), name="xllm-lifeline", daemon=True).start()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     channel = ZmqChannel(context, send_to=launch.send_to, receive_from=launch.receive_from, bind=False)
     try:
@@ -65,9 +66,11 @@ def main() -> None:
         context.term()
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(launch: Launch) -> None:
     sys.stdin.buffer.read()  # returns when the parent closed its end or died
     threading.Event().wait(ORPHAN_GRACE_S)
+    # still here, so there was no Shutdown: the parent died, and its sockets' directory is ours to remove
+    shutil.rmtree(Path(launch.send_to.removeprefix("ipc://")).parent, ignore_errors=True)
     os._exit(1)
 
 
