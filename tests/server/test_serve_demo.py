@@ -315,11 +315,14 @@ def test_the_end_of_a_frozen_engine(model):
 
 def test_an_engine_that_dies_ends_the_server_with_an_error(model):
     """A supervisor starts a new one; answering 503 for ever would hide it."""
-    with serving(model) as served, ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(served.complete, max_tokens=900, stream=True)
-        until(lambda: served.metric("num_requests_running") == 1, "it to run")
-        served.engine_process.kill()
-        assert "error" in parse(answer.result().text)[-1]
+    ask = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "temperature": 1, "n": 4, "stream": True}
+    with serving(model) as served:
+        engine = served.engine_process
+        with served.http.stream("POST", "/v1/completions", json=ask) as streamed:
+            lines = streamed.iter_lines()
+            assert next(lines).startswith("data: ")
+            engine.kill()
+            assert '"error"' in [line for line in lines if line][-2]  # before [DONE]
         served.http.close()
         assert served.running.end(20) == 1
         assert "the engine is gone" in served.running.text
@@ -331,7 +334,13 @@ def test_the_end_under_load(model, how):
     with serving(model) as served, ThreadPoolExecutor(8) as pool:
         running = served.running
         family = [psutil.Process(running.process.pid), *running.children()]
-        answers = [pool.submit(served.complete, max_tokens=800, stream=bool(i % 2)) for i in range(8)]
+        long = {
+            "max_tokens": 900,
+            "n": 4,
+            "temperature": 1,
+            "seed": 3,
+        }  # seconds of work, however fast the model
+        answers = [pool.submit(served.complete, stream=bool(i % 2), **long) for i in range(8)]
         until(lambda: served.metric("num_requests_running") >= 4, "many to run", timeout_s=30)
         running.terminate() if how == "sigterm" else running.ctrl_c()
         until(lambda: _not_ready(served), "not ready", timeout_s=2)
