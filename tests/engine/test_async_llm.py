@@ -1,12 +1,14 @@
 import asyncio
 import contextlib
 import random
+import signal
 
+import psutil
 import pytest
 
 from tests import checkpoints
 from xllm.config.options import EngineOptions
-from xllm.core.errors import InvalidRequest, Overloaded, Unavailable
+from xllm.core.errors import ConfigError, InvalidRequest, Overloaded, Unavailable
 from xllm.core.sampling import SamplingParams
 from xllm.engine.async_llm import AsyncLLM
 
@@ -184,3 +186,43 @@ async def test_a_reset_prefix_cache_is_really_empty(model):
                 assert await llm.reset_prefix_cache()
             last = (await collect(llm.generate(prompt, greedy(max_tokens=2))))[-1]
             assert last.num_cached_tokens == expected_hit
+
+
+async def test_a_request_id_in_use_is_refused_and_its_owner_goes_on(model):
+    """The second once took over the first one's stream, and ended it."""
+    async with engine(model) as llm:
+        first = llm.generate([3, 4], greedy(max_tokens=60), request_id="same")
+        await anext(first)
+        with pytest.raises(InvalidRequest, match="in use"):
+            await collect(llm.generate([5], greedy(), request_id="same"))
+        assert (await collect(first))[-1].outputs[-1].finish_reason == "length"
+        assert llm.count() == 0
+        assert (await collect(llm.generate([5], greedy(max_tokens=2), request_id="same")))[-1].finished
+
+
+async def test_many_cache_resets_at_once_are_all_answered(model):
+    """Two once got the same number, and one of them waited for ever."""
+    async with engine(model) as llm:
+
+        async def again():
+            for _ in range(20):
+                assert await llm.reset_prefix_cache()
+
+        await asyncio.wait_for(asyncio.gather(*(again() for _ in range(5))), 20)
+
+
+async def test_a_reset_of_a_lost_engine_does_not_wait(model):
+    async with engine(model, in_process=False) as llm:
+        llm._client._process.send_signal(signal.SIGSTOP)
+        asked = asyncio.create_task(llm.reset_prefix_cache())
+        await asyncio.sleep(0)
+        llm._client._process.kill()
+        with pytest.raises(Unavailable, match="gone"):
+            await asyncio.wait_for(asked, 10)
+
+
+async def test_a_tokenizer_that_cannot_be_read_leaves_no_engine_behind(model, tmp_path):
+    options = EngineOptions(model=str(model), tokenizer=str(tmp_path), threads=1)
+    with pytest.raises(ConfigError):
+        await AsyncLLM.start(options)
+    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from xllm.core.errors import XllmError
 from xllm.core.output import Finish, SequenceOutput
 from xllm.core.request import Request
+from xllm.core.seeds import GOLDEN, MASK, mix
 from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.messages import Submit
-
-_MASK = (1 << 64) - 1
 
 
 class Admission:
@@ -34,7 +33,7 @@ class Admission:
             params=params,
             arrival=now,
             max_total_tokens=longest,
-            seed=self._draw() if params.seed is None else params.seed & _MASK,
+            seed=self._draw() if params.seed is None else params.seed & MASK,
             stop_ids=own | frozenset(params.stop_token_ids or ()),
             eos_ids=own,
             priority=message.priority,
@@ -50,7 +49,4 @@ class Admission:
     def _draw(self) -> int:
         """A seed for a request that brought none: splitmix64 of the engine's seed and a count of requests."""
         self._submitted += 1
-        x = (self._seed * 0x9E3779B97F4A7C15 + self._submitted * 0xD1B54A32D192ED03) & _MASK
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-        return x ^ (x >> 31)
+        return mix(self._seed * GOLDEN + self._submitted * 0xD1B54A32D192ED03)

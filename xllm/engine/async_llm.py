@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -11,7 +12,7 @@ from typing import Any
 
 from xllm.config.decided import EngineConfig
 from xllm.config.options import EngineOptions
-from xllm.core.errors import Unavailable
+from xllm.core.errors import InvalidRequest, Unavailable
 from xllm.core.output import RequestOutput
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
@@ -53,6 +54,7 @@ class AsyncLLM:
         self._gate = Gate(options.max_num_queued_reqs + config.scheduler.max_num_seqs)
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
+        self._calls = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
         self._monitor = HealthMonitor(time.monotonic())
@@ -83,7 +85,13 @@ class AsyncLLM:
             report(reason)
         open_client: Callable[..., EngineClient] = InlineClient if in_process else ProcessClient
         starting = asyncio.to_thread(open_client, config, report)
-        client, tokenizer = await asyncio.gather(starting, asyncio.to_thread(open_tokenizer, options, config))
+        reading = asyncio.to_thread(open_tokenizer, options, config)
+        client, tokenizer = await asyncio.gather(starting, reading, return_exceptions=True)
+        if isinstance(client, BaseException):
+            raise client
+        if isinstance(tokenizer, BaseException):
+            await asyncio.to_thread(client.close)
+            raise tokenizer
         return cls(options, config, client, tokenizer)
 
     async def generate(
@@ -92,18 +100,21 @@ class AsyncLLM:
     ) -> AsyncIterator[RequestOutput]:  # fmt: skip
         """Yields deltas: new text, ids and logprobs of the completions that advanced; the last has `finished` set.
 
-        Raises InvalidRequest, Overloaded or Unavailable before anything is yielded. Leaving the iteration early
-        aborts the request. `request_id` must be unused.
+        Raises InvalidRequest (also for a `request_id` in use), Overloaded or Unavailable before anything is yielded.
+        Leaving the iteration early aborts the request.
         """
         params = SamplingParams(**self.default_params) if params is None else params
         self._gate.enter(params.n)
         self._idle.clear()
         id = request_id or f"req-{uuid.uuid4().hex}"
-        finished = False
+        mine = finished = False  # mine: the id is, so that what ends here is not another's request
         try:
             text, ids = await self._prompts.read_async(prompt)
             self._validator.check(ids, params)
+            if id in self._streams:
+                raise InvalidRequest("the request id is in use", param="request_id")
             queue = self._streams[id] = asyncio.Queue()
+            mine = True
             for child_id, child_params in self._outputs.add(id, text, ids, params, time.monotonic()):
                 self._client.send(
                     Submit(
@@ -116,9 +127,10 @@ class AsyncLLM:
                 finished = output.finished
                 yield output
         finally:
-            if not finished and id in self._streams:
-                self._send_abort(self._outputs.abort(id))
-            self._streams.pop(id, None)
+            if mine:
+                if not finished:
+                    self._send_abort(self._outputs.abort(id))
+                del self._streams[id]
             self._gate.leave(params.n)
             if self._gate.in_flight == 0:
                 self._idle.set()
@@ -156,7 +168,7 @@ class AsyncLLM:
         return True
 
     async def reset_prefix_cache(self) -> bool:
-        call_id = len(self._replies)
+        call_id = next(self._calls)
         reply = self._replies[call_id] = self._loop.create_future()
         self._client.send(ResetPrefixCache(call_id=call_id))
         return bool(await reply)
@@ -215,6 +227,10 @@ class AsyncLLM:
             self._gone.set_result(reason)
         self.stop_accepting(f"the engine is gone: {reason}")
         self._deliver(self._outputs.fail_all(reason))
+        for reply in self._replies.values():
+            if not reply.done():  # whoever asked may have gone away
+                reply.set_exception(Unavailable(f"the engine is gone: {reason}"))
+        self._replies.clear()
 
     async def _watch_health(self) -> None:
         while True:

@@ -8,11 +8,10 @@ from xllm.core.errors import InvalidRequest
 from xllm.core.output import CompletionOutput, Finish, Logprob, SequenceOutput
 from xllm.core.plan import TokenLogprobs
 from xllm.core.sampling import SamplingParams
+from xllm.core.seeds import GOLDEN, mix
 from xllm.text.detokenize import IncrementalDetokenizer
 from xllm.text.stop import StopMatcher
 from xllm.text.tokenizer import Tokenizer, check_text
-
-_MASK = (1 << 64) - 1
 
 
 class Child:
@@ -154,7 +153,4 @@ def _derive(seed: int, index: int) -> int:
     """splitmix64 of the pair, so that neighbouring seeds do not share children; the first keeps the seed."""
     if index == 0:
         return seed
-    x = (seed + index * 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+    return mix(seed + index * GOLDEN)

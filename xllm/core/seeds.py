@@ -1,0 +1,12 @@
+"""Seeds made from seeds: 64 bits in, 64 well-mixed bits out."""
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: multiples of it spread evenly
+MASK = (1 << 64) - 1
+
+
+def mix(x: int) -> int:
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014): a bijection of the low 64 bits of `x`."""
+    x &= MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
