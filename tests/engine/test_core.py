@@ -13,7 +13,7 @@ from tests.engine.scripted import (
     submit,
 )
 from xllm.core.output import Finish
-from xllm.wire.messages import Abort, Reply, ResetPrefixCache, Shutdown
+from xllm.wire.messages import Abort, Reply, ResetPrefixCache, Shutdown, SubmitMany
 
 
 def tokens_of(outputs, id):
@@ -120,6 +120,17 @@ def test_a_step_that_raises_ends_its_requests_and_the_engine_lives(depth):
     core.scheduler.audit()
     front.send(submit("c", [1] * 9, max_tokens=20))
     assert tokens_of(run_until_idle(core, front), "c") == expected([1] * 9, 20)
+    core.executor.close()
+
+
+def test_requests_that_arrive_at_once_start_in_one_step():
+    core, front = make_core()
+    front.send(SubmitMany(requests=[submit(id, [1, 2], max_tokens=5) for id in ("a", "b", "b")]))
+    core.turn(wait_s=0.0)
+    assert core.last_stats is not None
+    assert (core.last_stats.running, core.last_stats.waiting, core.last_stats.step_tokens) == (2, 0, 4)
+    outputs = run_until_idle(core, front)
+    assert ends_of(outputs) == {"a": [Finish.LENGTH], "b": [Finish.ERROR, Finish.LENGTH]}
     core.executor.close()
 
 

@@ -150,6 +150,23 @@ def test_what_is_wrong_is_refused_before_anything_runs(llm, prompt, params):
         llm.generate(prompt, params, use_tqdm=False)
 
 
+def test_the_requests_of_one_call_reach_the_engine_at_once(llm, monkeypatch):
+    """They came one by one: which of them shared steps, and who was preempted, hung on how fast a process read."""
+    sent = []
+    send = llm._client.send
+
+    def record(message):
+        sent.append(message)
+        send(message)
+
+    monkeypatch.setattr(llm._client, "send", record)
+    llm.generate(
+        ["a", "b"], [SamplingParams(max_tokens=2), SamplingParams(max_tokens=2, n=2)], use_tqdm=False
+    )
+    (message,) = sent
+    assert [len(one.prompt_token_ids) > 0 for one in message.requests] == [True] * 3
+
+
 def test_no_prompts_no_results(llm):
     assert llm.generate([], GREEDY, use_tqdm=False) == []
 

@@ -21,6 +21,7 @@ from xllm.wire.messages import (
     ResetPrefixCache,
     Shutdown,
     Submit,
+    SubmitMany,
     WireError,
     decode,
     encode,
@@ -31,6 +32,11 @@ ONE_OF_EACH = [
     Submit(
         request_id="r", prompt_token_ids=[1, 2, 3], priority=-3, deadline_s=1.5, cache_salt="tenant",
         params=SamplingParams(stop=["a"], logit_bias={3: -1.5}, seed=2**64 - 1, bad_words_token_ids=[[1, 2]]),
+    ),
+    SubmitMany(
+        requests=[
+            Submit(request_id=id, prompt_token_ids=[1, 2], params=SamplingParams(seed=3)) for id in ("a", "b")
+        ]
     ),
     Abort(request_ids=["a", "b"]),
     ResetPrefixCache(call_id=4),

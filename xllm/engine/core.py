@@ -12,7 +12,7 @@ from xllm.engine.admission import Admission
 from xllm.executor.executor import Executor
 from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.channel import Channel
-from xllm.wire.messages import Abort, Message, Outputs, Reply, ResetPrefixCache, Shutdown, Submit
+from xllm.wire.messages import Abort, Message, Outputs, Reply, ResetPrefixCache, Shutdown, Submit, SubmitMany
 
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 1.0
@@ -85,6 +85,9 @@ class EngineCore:
         match message:
             case Submit():
                 return list(self._admission.submit(message, self.clock()))
+            case SubmitMany(requests=requests):
+                now = self.clock()
+                return [output for one in requests for output in self._admission.submit(one, now)]
             case Abort(request_ids=ids):
                 return [output for id in ids if (output := self.scheduler.abort(id))]
             case ResetPrefixCache(call_id=call_id):

@@ -18,9 +18,10 @@ from xllm.engine.prompts import Prompt, PromptReader, as_list
 from xllm.engine.validate import Validator
 from xllm.text.chat import ChatTemplate
 from xllm.text.tokenizer import Tokenizer
-from xllm.wire.messages import Abort, Fault, Message, Outputs, Reply, ResetPrefixCache, Submit
+from xllm.wire.messages import Abort, Fault, Message, Outputs, Reply, ResetPrefixCache, Submit, SubmitMany
 
 RECEIVE_S = 1.0
+SUBMIT_AT_ONCE = 1024  # requests a message: the engine steps only between messages
 
 
 class LLM:
@@ -155,11 +156,13 @@ class LLM:
         ids = [f"req-{next(self._ids)}" for _ in prompts]
         collectors = {id: Collector() for id in ids}
         try:
-            for id, (text, tokens), p, rank in zip(ids, prompts, params, priority, strict=True):
-                for child_id, child in self._outputs.add(id, text, tokens, p, time.monotonic()):
-                    self._client.send(
-                        Submit(request_id=child_id, prompt_token_ids=tokens, params=child, priority=rank)
-                    )
+            requests = [
+                Submit(request_id=child_id, prompt_token_ids=tokens, params=child, priority=rank)
+                for id, (text, tokens), p, rank in zip(ids, prompts, params, priority, strict=True)
+                for child_id, child in self._outputs.add(id, text, tokens, p, time.monotonic())
+            ]
+            for i in range(0, len(requests), SUBMIT_AT_ONCE):
+                self._client.send(SubmitMany(requests=requests[i : i + SUBMIT_AT_ONCE]))
             self._collect(collectors, use_tqdm)
         except BaseException:  # Ctrl-C too: leave no request running behind
             for id in ids:

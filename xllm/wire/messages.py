@@ -14,7 +14,7 @@ from xllm.core.output import SequenceOutput
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
 
-VERSION = 1
+VERSION = 2
 
 
 class WireError(XllmError):
@@ -39,6 +39,12 @@ class Submit(_Message, frozen=True):
     priority: int = 0
     deadline_s: float | None = None  # from now; order "deadline" sorts by it
     cache_salt: str = ""
+
+
+class SubmitMany(_Message, frozen=True):
+    """Sequences that arrive at once: no step is planned between the first and the last of them."""
+
+    requests: Sequence[Submit]
 
 
 class Abort(_Message, frozen=True):
@@ -96,7 +102,7 @@ class Fault(_Message, frozen=True):
     reason: str
 
 
-ToEngine = Submit | Abort | ResetPrefixCache | Shutdown
+ToEngine = Submit | SubmitMany | Abort | ResetPrefixCache | Shutdown
 FromEngine = Loading | Ready | Outputs | Heartbeat | Reply | Fault
 Message = ToEngine | FromEngine
 
