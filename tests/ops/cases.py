@@ -1,18 +1,21 @@
 """Fresh random inputs for every operator, run on a device's operators and on the reference in float64.
 
 `CASES[op](ops, dtype, rng)` yields (what the device gave, what is exact) pairs; both `test_parity.py` and whoever
-brings a new device rely on nothing else. Activations are drawn in bfloat16 where weights or KV are bfloat16, so that a
-device which rounds activations to the weights' dtype is exact too.
+brings a new device rely on nothing else. Tensors are made on PyTorch's current default device. Activations have the
+dtype of the device's activations, and numbers that the weights' dtype holds exactly, so that a device which rounds
+activations to it is exact too.
 """
 
+import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Iterator
 
 import torch
 
-from xllm.ops import activation, attention, linear, norm, rotary
+from xllm.ops import activation, attention, few, linear, norm, rotary
 from xllm.ops.attention import AttentionInputs
-from xllm.ops.table import Ops
+from xllm.ops.table import FEW, FewOps, Ops, resolve
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 Case = Callable[[Ops, torch.dtype, random.Random], Iterator[Pair]]
@@ -21,6 +24,11 @@ Case = Callable[[Ops, torch.dtype, random.Random], Iterator[Pair]]
 def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Normal float32 numbers that `dtype` holds exactly."""
     return torch.randn(shape).to(dtype).float()
+
+
+def activations(ops: Ops, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal numbers that `dtype` holds exactly, in the dtype of the device's activations."""
+    return torch.randn(shape).to(dtype).to(ops.activation_dtype)
 
 
 def wide(given: torch.Tensor | None) -> torch.Tensor | None:
@@ -49,10 +57,10 @@ def linear_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator[Pa
         (rng.randint(1, 700), rng.randint(1, 700)),
     ]
     for rows, columns in shapes:
-        weight, bias = draw(rows, columns, dtype=dtype), draw(rows)
+        weight, bias = draw(rows, columns, dtype=dtype), activations(ops, rows)
         made = packed(ops, weight, dtype, pieces=min(rows, 3))
         for tokens in (1, 2, 5, 7, 12, 33, rng.randint(34, 300)):
-            x = draw(tokens, columns, dtype=dtype)
+            x = activations(ops, tokens, columns, dtype=dtype)
             given = bias if rng.random() < 0.5 else None
             exact = linear.linear(x.double(), weight.double(), wide(given))
             yield ops.linear(x, made, given), exact
@@ -64,12 +72,16 @@ def embedding_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator
         made = packed(ops, weight, dtype, pieces=rng.randint(1, rows))
         for tokens in (1, 33, 500):
             ids = torch.randint(rows, (tokens,))
-            yield ops.embedding(ids, made, torch.float32), linear.embedding(ids, weight, torch.float64)
+            yield (
+                ops.embedding(ids, made, ops.activation_dtype),
+                linear.embedding(ids, weight, torch.float64),
+            )
 
 
 def norm_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator[Pair]:
     for tokens, width in ((1, 1), (3, 64), (33, 100), (1, 1024), (rng.randint(1, 99), rng.randint(1, 3000))):
-        x, weight, residual = draw(tokens, width), draw(width), draw(tokens, width)
+        x, residual = activations(ops, tokens, width), activations(ops, tokens, width)
+        weight = activations(ops, width)
         expected = residual.double()
         yield ops.rms_norm(x, weight, 1e-6), norm.rms_norm(x.double(), weight.double(), 1e-6)
         yield (
@@ -81,7 +93,7 @@ def norm_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator[Pair
 
 def silu_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator[Pair]:
     for tokens, width in ((1, 1), (3, 64), (33, 100), (rng.randint(1, 99), rng.randint(1, 3000))):
-        x = draw(tokens, 2 * width) * 30  # far into both tails
+        x = activations(ops, tokens, 2 * width) * 30  # far into both tails
         yield ops.silu_and_mul(x), activation.silu_and_mul(x.double())
 
 
@@ -91,12 +103,15 @@ def rope_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator[Pair
         tokens, layers, layer = rng.choice((1, 33, 150)), 3, rng.randrange(3)
         rotated = rng.choice((head_dim, head_dim // 2))
         cos_sin = draw(512, rotated)
-        q_norm, k_norm = (draw(head_dim), draw(head_dim)) if rng.random() < 0.5 else (None, None)
+        q_norm, k_norm = (
+            (activations(ops, head_dim), activations(ops, head_dim)) if rng.random() < 0.5 else (None, None)
+        )
         cache = torch.zeros(
             -(-tokens // block_size) + 2, layers, 2, block_size, kv_heads, head_dim, dtype=dtype
         )
         slots = torch.randperm(cache.shape[0] * block_size)[:tokens]
-        qkv, positions = draw(tokens, (group + 2) * kv_heads * head_dim), torch.randint(512, (tokens,))
+        qkv = activations(ops, tokens, (group + 2) * kv_heads * head_dim)
+        positions = torch.randint(512, (tokens,))
         exact_cache = cache.double()
         exact = rotary.rope_and_cache(
             qkv.double(), positions, cos_sin, wide(q_norm), wide(k_norm), 1e-6, exact_cache, layer, slots
@@ -126,8 +141,10 @@ def attention_pair(
     cache, inputs = paged(
         queries, contexts, block_size=rng.randint(8, 64), heads=kv_heads, head_dim=head_dim, dtype=dtype
     )
+    if ops.query_tile:
+        inputs = tiled(inputs, ops.query_tile)
     # queries as they come: a view with gaps between the tokens
-    q = draw(sum(queries), kv_heads * group + 2, head_dim)[:, :-2]
+    q = activations(ops, sum(queries), kv_heads * group + 2, head_dim)[:, :-2]
     window = rng.choice((None, rng.randint(1, 100), 300))
     given = ops.attention(q, cache, 1, inputs, head_dim**-0.5, window)
     exact = attention.attention(q.double(), cache, 1, inputs, head_dim**-0.5, window)
@@ -158,6 +175,103 @@ def paged(
     return cache, inputs
 
 
+def tiled(inputs: AttentionInputs, tile: int) -> AttentionInputs:
+    """What the executor adds for devices that want tiles: as many decodes at the front as there are."""
+    query_lens = inputs.query_starts.diff().cpu().numpy()
+    several = (query_lens > 1).nonzero()[0]
+    decodes = int(several[0]) if len(several) else len(query_lens)
+    tiles = torch.as_tensor(
+        attention.query_tiles(query_lens, decodes, tile), device=inputs.query_starts.device
+    )
+    return dataclasses.replace(inputs, num_decodes=decodes, tiles=tiles)
+
+
+def few_weights(
+    ops: Ops, dtype: torch.dtype, rng: random.Random
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+    """(rows [T, K], weight [N, K], bias [N] or None, norm [K], rows [T, N]) of the few-token operators; N is even."""
+    for rows, columns in (
+        (2, 1),
+        (64, 64),
+        (514, 96),
+        (1024, 520),
+        (2 * rng.randint(1, 350), rng.randint(1, 700)),
+    ):
+        weight = draw(rows, columns, dtype=dtype).to(dtype)
+        for tokens in (1, 2, 5, 8):
+            bias = activations(ops, rows) if rng.random() < 0.5 else None
+            x, y = activations(ops, tokens, columns, dtype=dtype), activations(ops, tokens, rows, dtype=dtype)
+            yield x, weight, bias, activations(ops, columns), y
+
+
+def norm_linear_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator[Pair]:
+    operators = few_of(ops)
+    for x, weight, bias, gain, _ in few_weights(ops, dtype, rng):
+        exact = few.norm_linear(x.double(), gain.double(), 1e-6, weight.double(), wide(bias))
+        yield operators.norm_linear(x, gain, 1e-6, weight, bias), exact
+
+
+def norm_gate_up_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator[Pair]:
+    operators = few_of(ops)
+    for x, weight, bias, gain, _ in few_weights(ops, dtype, rng):
+        exact = few.norm_gate_up(x.double(), gain.double(), 1e-6, weight.double(), wide(bias))
+        yield operators.norm_gate_up(x, gain, 1e-6, weight, bias), exact
+
+
+def linear_add_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator[Pair]:
+    operators = few_of(ops)
+    for x, weight, bias, _, residual in few_weights(ops, dtype, rng):
+        exact = residual.double()
+        few.linear_add(x.double(), weight.double(), wide(bias), exact)
+        operators.linear_add(x, weight, bias, residual)
+        yield residual, exact
+
+
+def few_attention_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator[Pair]:
+    operators = few_of(ops)
+    for head_dim, tokens in itertools.product((8, 64, 80, 128), (1, 2, 8)):
+        kv_heads, group = rng.randint(1, 3), rng.choice((1, 2, 3, 4, 5, 7, 8))
+        contexts = [rng.choice((1, 2, 63, 64, 65, 129, rng.randint(1, 2000))) for _ in range(tokens)]
+        cache, inputs = paged(
+            [1] * tokens,
+            contexts,
+            block_size=rng.choice((16, 32, 64)),
+            heads=kv_heads,
+            head_dim=head_dim,
+            dtype=dtype,
+        )
+        cache = cache.nan_to_num()  # this operator may read ahead of what is written: the contract
+        positions = inputs.context_lens.long() - 1
+        inputs = dataclasses.replace(inputs, kv_slots=slots_of(inputs, positions, cache.shape[3]))
+        rotated = rng.choice((head_dim, head_dim // 2))
+        cos_sin = draw(max(contexts), rotated)
+        norms = (
+            (activations(ops, head_dim), activations(ops, head_dim)) if rng.random() < 0.5 else (None, None)
+        )
+        qkv = activations(ops, tokens, (group + 2) * kv_heads * head_dim, dtype=dtype)
+        window = rng.choice((None, rng.randint(1, 100), 300))
+        # of the cache's own dtype: what this step attends to has been rounded to it
+        exact_cache, scale = cache.clone(), head_dim**-0.5
+        exact = few.rope_cache_attention(
+            qkv.double(), positions, cos_sin, wide(norms[0]), wide(norms[1]), 1e-6, exact_cache, 1, inputs, scale, window
+        )  # fmt: skip
+        given = operators.rope_cache_attention(
+            qkv, positions, cos_sin, *norms, 1e-6, cache, 1, inputs, scale, window
+        )
+        yield given, exact
+        yield cache, exact_cache
+
+
+def slots_of(inputs: AttentionInputs, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    """[S] int64: where the token at each sequence's position is kept."""
+    blocks = inputs.block_table.gather(1, (positions // block_size)[:, None]).squeeze(1).long()
+    return blocks * block_size + positions % block_size
+
+
+def few_of(ops: Ops) -> FewOps:
+    return ops.few or FewOps(**{op: resolve(at) for op, at in FEW[ops.device].items()})
+
+
 CASES: dict[str, Case] = {
     "new_weight": embedding_case,
     "store_rows": embedding_case,
@@ -168,4 +282,8 @@ CASES: dict[str, Case] = {
     "silu_and_mul": silu_case,
     "rope_and_cache": rope_case,
     "attention": attention_case,
+    "norm_linear": norm_linear_case,
+    "norm_gate_up": norm_gate_up_case,
+    "linear_add": linear_add_case,
+    "rope_cache_attention": few_attention_case,
 }

@@ -19,7 +19,7 @@ def test_every_name_resolves_and_no_device_invents_operators() -> None:
 @pytest.mark.parametrize(
     ("device", "dtype", "sentence"),
     [
-        ("abacus", torch.float32, "'abacus' has no operators; known: reference, cpu"),
+        ("abacus", torch.float32, "'abacus' has no operators; known: reference, cpu, cuda"),
         ("cpu", torch.float16, "dtype float16 is not supported; supported: float32, bfloat16"),
     ],
 )

@@ -9,6 +9,7 @@ block lie together, so moving a block anywhere is one contiguous copy.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -24,6 +25,20 @@ class AttentionInputs:
     kv_slots: torch.Tensor  # [T] int64: block * P + offset, where each token's KV is written
     max_query_len: int
     max_context_len: int
+    num_decodes: int = (
+        0  # so many sequences at the front are known to have one query each; the others may too
+    )
+    tiles: torch.Tensor | None = None  # [N, 2] int32, see `query_tiles`; where the device asks for them
+
+
+def query_tiles(query_lens_S: np.ndarray, num_decodes: int, tile: int) -> np.ndarray:
+    """[N, 2] int32: (sequence, first query within it) of every tile of at most `tile` queries, of all sequences
+    behind the first `num_decodes`. Tiles that see most come first, so that none of them is left for the end."""
+    sequences = np.arange(num_decodes, len(query_lens_S))
+    counts = -(-query_lens_S[num_decodes:] // tile)
+    first = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    tiles = np.stack((np.repeat(sequences, counts), first * tile), axis=1).astype(np.int32)
+    return np.ascontiguousarray(tiles[np.argsort(-tiles[:, 1], kind="stable")])
 
 
 def attention(

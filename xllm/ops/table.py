@@ -4,6 +4,7 @@ A new fast operator is one file and one line here; the parity test over this tab
 """
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,15 +37,55 @@ TABLE: dict[str, dict[str, str]] = {
         "attention": "xllm.ops.cpu.attention:attention",
         "silu_and_mul": "xllm.ops.cpu.rows:silu_and_mul",
     },
+    "cuda": {
+        "linear": "xllm.ops.cuda.linear:linear",
+        "rms_norm": "xllm.ops.cuda.norm:rms_norm",
+        "add_rms_norm": "xllm.ops.cuda.norm:add_rms_norm",
+        "rope_and_cache": "xllm.ops.cuda.rotary:rope_and_cache",
+        "attention": "xllm.ops.cuda.attention:attention",
+        "silu_and_mul": "xllm.ops.cuda.activation:silu_and_mul",
+    },
 }
+
+# Queries in a tile of `AttentionInputs.tiles`, for devices whose attention wants them.
+QUERY_TILE = {"cuda": "xllm.ops.cuda.attention:QUERY_TILE"}
+
+# Fused operators for steps of a few tokens, where launches cost more than arithmetic; absent where they gain nothing.
+FEW: dict[str, dict[str, str]] = {
+    "reference": {
+        "max_tokens": "xllm.ops.few:MAX_TOKENS",
+        "norm_linear": "xllm.ops.few:norm_linear",
+        "linear_add": "xllm.ops.few:linear_add",
+        "norm_gate_up": "xllm.ops.few:norm_gate_up",
+        "rope_cache_attention": "xllm.ops.few:rope_cache_attention",
+    },
+    "cuda": {
+        "max_tokens": "xllm.ops.cuda.few:MAX_TOKENS",
+        "norm_linear": "xllm.ops.cuda.few:norm_linear",
+        "linear_add": "xllm.ops.cuda.few:linear_add",
+        "norm_gate_up": "xllm.ops.cuda.few:norm_gate_up",
+        "rope_cache_attention": "xllm.ops.cuda.few_attention:rope_cache_attention",
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FewOps:
+    """Half-layers as single operators, for decode steps of at most `max_tokens` sequences. Contracts in `ops.few`."""
+
+    max_tokens: int
+    norm_linear: Callable[..., torch.Tensor]
+    linear_add: Callable[..., None]
+    norm_gate_up: Callable[..., torch.Tensor]
+    rope_cache_attention: Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
     """The operators of one device, passed explicitly to a model. Contracts stand at the references in `TABLE`.
 
-    Activations between operators are float32 on a CPU whatever the weights are: widening them would cost more than
-    it saves, and the result is more accurate.
+    Activations between operators are float32 on a CPU whatever the weights are: narrowing them would cost more than
+    it saves, and the result is more accurate. On a card they are of the weights' dtype.
     """
 
     device: str
@@ -58,6 +99,8 @@ class Ops:
     rope_and_cache: Callable[..., torch.Tensor]
     attention: Callable[..., torch.Tensor]
     silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
+    few: FewOps | None = None
+    query_tile: int = 0  # 0: attention here needs no tiles
 
 
 def load_ops(device: str, dtype: torch.dtype) -> Ops:
@@ -71,8 +114,26 @@ def load_ops(device: str, dtype: torch.dtype) -> Ops:
         raise ConfigError(
             f"dtype {str(dtype).removeprefix('torch.')} is not supported; supported: float32, bfloat16"
         )
-    names = TABLE["reference"] | (TABLE[device] if is_available(device) else {})
-    return Ops(device=device, activation_dtype=torch.float32, **{op: resolve(at) for op, at in names.items()})
+    available = is_available(device)
+    if device == "cuda" and not available:
+        raise ConfigError(
+            "device 'cuda' needs an NVIDIA GPU and the package triton, which comes with PyTorch for CUDA"
+        )
+    names = TABLE["reference"] | (TABLE[device] if available else {})
+    return Ops(
+        device=device,
+        activation_dtype=dtype if device == "cuda" else torch.float32,
+        few=load_few(device),
+        query_tile=resolve(QUERY_TILE[device]) if device in QUERY_TILE else 0,
+        **{op: resolve(at) for op, at in names.items()},
+    )
+
+
+def load_few(device: str) -> FewOps | None:
+    """The fused operators of `device`, None where it has none. "reference" has some for the parity test alone."""
+    if device == "reference" or device not in FEW:
+        return None
+    return FewOps(**{op: resolve(at) for op, at in FEW[device].items()})
 
 
 def resolve(at: str) -> Any:
@@ -87,4 +148,6 @@ def is_available(device: str) -> bool:
         from xllm.ops.cpu.library import load
 
         return load() is not None
+    if device == "cuda":
+        return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
     return True
