@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,14 @@ import torch
 from benchmarks.checkpoint import save_byte_tokenizer
 from benchmarks.load import Load
 from xllm.bench.collect_env import collect
-from xllm.config.decided import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig
+from xllm.config.decided import (
+    CacheConfig,
+    EngineConfig,
+    ExecutorConfig,
+    MemoryConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
 from xllm.core.sampling import SamplingParams
 from xllm.device.table import open_device
 from xllm.engine.admission import Admission
@@ -34,6 +41,7 @@ from xllm.executor.build import assemble
 from xllm.executor.executor import Executor
 from xllm.kv.pool import BlockPool
 from xllm.models.forward import Forward
+from xllm.ops.table import load_ops
 from xllm.scheduler.scheduler import Scheduler
 from xllm.text.tokenizer import load_tokenizer
 from xllm.wire.channel import MemoryChannel
@@ -62,6 +70,9 @@ class NullModel:
         self._hidden = torch.zeros(64, HIDDEN)
         self._logits[:, 70] = 1.0
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        return iter(())
+
     def forward(self, fwd: Forward) -> torch.Tensor:
         return self._hidden[: len(fwd.logits_rows)]
 
@@ -80,10 +91,21 @@ def config(batch: int, length: int) -> EngineConfig:
     )  # fmt: skip
     blocks = (length // 16 + 1) * batch
     cache = CacheConfig(
-        block_size=16, num_blocks=blocks, prefix_caching=True, block_bytes=16 * 2 * HIDDEN * 4
+        block_size=16,
+        num_blocks=blocks,
+        prefix_caching=True,
+        block_bytes=16 * 2 * HIDDEN * 4,
+        kv_dtype="float32",
     )
     executor = ExecutorConfig(device="cpu", dtype="float32", threads=1, seed=0)
-    return EngineConfig(model=model, scheduler=scheduler, cache=cache, executor=executor, reasons=())
+    return EngineConfig(
+        model=model,
+        scheduler=scheduler,
+        cache=cache,
+        memory=MemoryConfig(None, 0.9, False),
+        executor=executor,
+        reasons=(),
+    )
 
 
 class Stopwatch:
@@ -117,7 +139,7 @@ class Engine:
         self.watch = Stopwatch()
         model, device = NullModel(), open_device("cpu")
         device.prepare(threads=1)
-        runner = assemble(decided, model, device, torch.float32)
+        runner = assemble(decided, model, device, load_ops("cpu", torch.float32))
         self.scheduler = Scheduler(decided.scheduler, BlockPool(decided.cache.num_blocks, 16, True))
         self.channel, inbox = MemoryChannel.pair()
         admission = Admission(self.scheduler, eos_ids=frozenset(), max_model_len=length, seed=0)

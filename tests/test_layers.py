@@ -1,5 +1,6 @@
 """What the import contracts of pyproject.toml promise, and what they cannot express. See also `test_torch_free.py`."""
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,8 @@ def test_the_front_end_process_needs_no_torch():
 
 def test_the_engine_never_loads_transformers():
     names = [m for room in ("engine", "executor", "models", "ops", "device") for m in modules(room)]
+    if importlib.util.find_spec("triton") is None:  # without CUDA's PyTorch there is none, and these need it
+        names = [name for name in names if not name.startswith("xllm.ops.cuda.")]
     imported(*names, absent=("transformers",))
 
 

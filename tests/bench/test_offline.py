@@ -11,6 +11,11 @@ from xllm.bench.offline import measure_latency, measure_throughput
 from xllm.bench.options import LatencyOptions
 from xllm.core.errors import ConfigError
 from xllm.core.output import CompletionOutput, RequestMetrics, RequestOutput
+from xllm.core.stats import ExecutorStats, SchedulerStats
+
+STATS = SchedulerStats(
+    0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, ExecutorStats(steps=40, graph_steps=30, device_s=0.1, bubble_s=0.004)
+)
 
 
 class CountingEngine:
@@ -24,6 +29,9 @@ class CountingEngine:
     ) -> list[RequestOutput]:
         self.calls.append((prompts, sampling_params))
         return [self._output(p, s) for p, s in zip(prompts, sampling_params, strict=True)]
+
+    def stats(self) -> SchedulerStats:
+        return STATS
 
     def _output(self, prompt: Any, params: Any) -> RequestOutput:
         ids = prompt.get("prompt_token_ids") or [0] * len(prompt["prompt"].split())

@@ -4,9 +4,10 @@ import threading
 from collections.abc import Callable
 
 from xllm.config.decided import SchedulerConfig
-from xllm.core.output import SequenceOutput
+from xllm.core.output import Finish, SequenceOutput
 from xllm.core.plan import StepPlan, StepResult
 from xllm.core.sampling import SamplingParams
+from xllm.core.stats import ExecutorStats
 from xllm.engine.admission import Admission
 from xllm.engine.core import EngineCore
 from xllm.executor.executor import Executor
@@ -38,6 +39,23 @@ class ScriptedRunner:
         self.before = before
         self._rows: dict[int, dict[int, int]] = {}
         self.threads: set[int] = set()
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        result = self.run(plan)
+        return lambda: result
+
+    def improve(self) -> bool:
+        return False
+
+    def sleep(self) -> None:
+        pass
+
+    def wake_up(self) -> None:
+        pass
+
+    @property
+    def stats(self) -> ExecutorStats:
+        return ExecutorStats(steps=self.progress)
 
     def run(self, plan: StepPlan) -> StepResult:
         self.threads.add(threading.get_ident())
@@ -98,3 +116,11 @@ def run_until_idle(core: EngineCore, front: MemoryChannel) -> list[SequenceOutpu
             return drain(front)[0]
         core.turn(wait_s=0.0)
     raise AssertionError("the engine never became idle")
+
+
+def ends_of(outputs):
+    ends: dict[str, list[Finish]] = {}
+    for out in outputs:
+        if out.finish is not None:
+            ends.setdefault(out.request_id, []).append(out.finish)
+    return ends

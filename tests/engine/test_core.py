@@ -6,26 +6,20 @@ from tests.engine.scripted import (
     EOS,
     ScriptedRunner,
     drain,
+    ends_of,
     expected,
     make_core,
     next_token,
     run_until_idle,
     submit,
 )
+from xllm.core.errors import DeviceLost
 from xllm.core.output import Finish
 from xllm.wire.messages import Abort, Reply, ResetPrefixCache, Shutdown, SubmitMany
 
 
 def tokens_of(outputs, id):
     return [t for out in outputs if out.request_id == id for t in out.token_ids]
-
-
-def ends_of(outputs):
-    ends: dict[str, list[Finish]] = {}
-    for out in outputs:
-        if out.finish is not None:
-            ends.setdefault(out.request_id, []).append(out.finish)
-    return ends
 
 
 @pytest.fixture(params=[1, 2, 3], ids=lambda d: f"depth{d}")
@@ -120,6 +114,17 @@ def test_a_step_that_raises_ends_its_requests_and_the_engine_lives(depth):
     core.scheduler.audit()
     front.send(submit("c", [1] * 9, max_tokens=20))
     assert tokens_of(run_until_idle(core, front), "c") == expected([1] * 9, 20)
+    core.executor.close()
+
+
+def test_a_lost_device_ends_the_engine(depth):
+    def fail(plan):
+        raise DeviceLost("the device failed: unspecified launch failure")
+
+    core, front = make_core(ScriptedRunner(fail), depth=depth)
+    front.send(submit("a", [1] * 9, max_tokens=20))
+    with pytest.raises(DeviceLost):
+        run_until_idle(core, front)
     core.executor.close()
 
 

@@ -1,7 +1,8 @@
 """Greedy tokens do not depend on how they were computed.
 
-Every combination of chunk size, prefix cache, depth, company, preemption and process gives, token for token, what
-`transformers` gives for the same float32 weights. The default run covers every pair of values, `-m slow` the product.
+Every combination of chunk size, prefix cache, depth, company, preemption, process and backend gives, token for token,
+what `transformers` gives for the same float32 weights. The default run covers every pair of values, `-m slow` the
+product on the CPU, `-m gpu` every pair on a card with graphs and without, `-m "gpu and slow"` the product there.
 """
 
 import itertools
@@ -26,6 +27,14 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "preemption": (False, True),
     "process": ("inline", "separate"),
 }
+# device, and whether decode steps are graphs there; "reference" behaves as a card does, in plain PyTorch
+BACKENDS: dict[str, dict[str, Any]] = {
+    "cpu": {"device": "cpu"},
+    "graphs": {"device": "reference"},
+    "eager": {"device": "reference", "enforce_eager": True},
+    "cuda-graphs": {"device": "cuda"},
+    "cuda-eager": {"device": "cuda", "enforce_eager": True},
+}
 
 
 @dataclass(frozen=True)
@@ -36,25 +45,29 @@ class Combination:
     company: str
     preemption: bool
     process: str
+    backend: str = "cpu"
 
     def __str__(self) -> str:
         cache = "cache" if self.cache else "nocache"
         pressure = "pressed" if self.preemption else "roomy"
-        return f"{self.chunk}-{cache}-depth{self.depth}-{self.company}-{pressure}-{self.process}"
+        return (
+            f"{self.chunk}-{cache}-depth{self.depth}-{self.company}-{pressure}-{self.process}-{self.backend}"
+        )
 
 
-def every_combination() -> list[Combination]:
-    return [Combination(*values) for values in itertools.product(*FACTORS.values())]
+def every_combination(*backends: str) -> list[Combination]:
+    return [Combination(*values) for values in itertools.product(*FACTORS.values(), backends)]
 
 
-def every_pair() -> list[Combination]:
+def every_pair(*backends: str) -> list[Combination]:
     """A small set in which every two values of two factors meet, chosen greedily. Inline ones are preferred: a process
     takes seconds to start."""
+    factors = {**FACTORS, "backend": backends}
     todo = set()
-    for (a, a_values), (b, b_values) in itertools.combinations(FACTORS.items(), 2):
+    for (a, a_values), (b, b_values) in itertools.combinations(factors.items(), 2):
         todo |= {((a, x), (b, y)) for x in a_values for y in b_values}
     chosen = []
-    candidates = sorted(every_combination(), key=lambda c: c.process)
+    candidates = sorted(every_combination(*backends), key=lambda c: c.process)
     while todo:
         best = max(candidates, key=lambda c: len(todo & pairs_of(c)))
         chosen.append(best)
@@ -63,11 +76,13 @@ def every_pair() -> list[Combination]:
 
 
 def pairs_of(c: Combination) -> set:
-    return set(itertools.combinations([(name, getattr(c, name)) for name in FACTORS], 2))
+    return set(itertools.combinations([(name, getattr(c, name)) for name in (*FACTORS, "backend")], 2))
 
 
-PAIRS = every_pair()
-REST = [c for c in every_combination() if c not in PAIRS]
+PAIRS = every_pair("cpu", "graphs", "eager")
+REST = [c for c in every_combination("cpu") if c not in PAIRS]
+CARD_PAIRS = every_pair("cuda-graphs", "cuda-eager")
+CARD_REST = [c for c in every_combination("cuda-graphs", "cuda-eager") if c not in CARD_PAIRS]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +112,7 @@ def open_engine(model, c: Combination) -> LLM:
         str(model), separate_process=c.process == "separate", dtype="float32", max_model_len=LONGEST, block_size=BLOCK, max_num_seqs=16,
         kv_cache_memory_bytes=tokens * kv_bytes_per_token, enable_prefix_caching=c.cache, async_scheduling=c.depth,
         enable_chunked_prefill=c.chunk != "whole", long_prefill_token_threshold=0 if c.chunk == "whole" else int(c.chunk),
-        scheduling_policy="priority", threads=1,
+        scheduling_policy="priority", threads=1, **BACKENDS[c.backend],
     )  # fmt: skip
 
 
@@ -117,6 +132,10 @@ def check(model, prompts, truth, c: Combination) -> None:
                 got.append(observed)
                 preemptions += pushed
             truth = truth[-4:]
+        if c.process == "inline":
+            executor = llm.stats().executor
+            assert (executor.graph_steps > 0) == c.backend.endswith("graphs")
+            assert executor.graph_failures == 0
     assert got == truth
     assert (preemptions > 0) == c.preemption
 
@@ -143,6 +162,21 @@ def test_the_whole_product_of_settings_gives_the_same_tokens(model, prompts, tru
     check(model, prompts, truth, combination)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("combination", CARD_PAIRS, ids=str)
+def test_every_pair_of_settings_gives_the_same_tokens_on_a_card(model, prompts, truth, combination):
+    check(model, prompts, truth, combination)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("combination", CARD_REST, ids=str)
+def test_the_whole_product_of_settings_gives_the_same_tokens_on_a_card(model, prompts, truth, combination):
+    check(model, prompts, truth, combination)
+
+
 def test_the_pairs_are_all_there():
-    wanted = sum(len(a) * len(b) for a, b in itertools.combinations(FACTORS.values(), 2))
+    backends = ("cpu", "graphs", "eager")
+    sizes = [*map(len, FACTORS.values()), len(backends)]
+    wanted = sum(a * b for a, b in itertools.combinations(sizes, 2))
     assert len(set().union(*(pairs_of(c) for c in PAIRS))) == wanted

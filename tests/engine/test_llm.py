@@ -196,3 +196,21 @@ def test_dummy_weights_come_from_the_config_alone(model, tmp_path):
         with LLM(str(tmp_path), load_format="dummy", seed=seed, threads=1) as llm:
             tokens.append(llm.generate("the cat", GREEDY, use_tqdm=False)[0].outputs[0].token_ids)
     assert tokens[0] == tokens[1]
+
+
+def test_without_a_tokenizer_ids_go_in_and_out(model, llm):
+    greedy = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    with LLM(str(model), skip_tokenizer_init=True, threads=1, dtype="float32") as bare:
+        (out,) = bare.generate({"prompt_token_ids": [5, 6, 7]}, greedy, use_tqdm=False)
+        assert out.outputs[0].text == ""
+        (same,) = llm.generate({"prompt_token_ids": [5, 6, 7]}, greedy, use_tqdm=False)
+        assert out.outputs[0].token_ids == same.outputs[0].token_ids
+        for refused in (
+            lambda: bare.generate("text", use_tqdm=False),
+            lambda: bare.chat([{"role": "user", "content": "x"}], use_tqdm=False),
+            lambda: bare.beam_search([[5]], BeamSearchParams(beam_width=2, max_tokens=2)),
+        ):
+            with pytest.raises(
+                InvalidRequest, match="needs a tokenizer, and this engine was started without"
+            ):
+                refused()

@@ -5,9 +5,12 @@ from hypothesis import strategies as st
 
 from xllm.core.plan import NewSequence, StepPlan
 from xllm.core.sampling import SamplingParams
+from xllm.device.table import open_device
 from xllm.executor.buffers import InputBuffers
+from xllm.ops.table import load_ops
 
 KV = torch.empty(0)
+SPARE_BLOCK = 77
 
 
 def sequence(slot, tokens, blocks):
@@ -35,8 +38,11 @@ def plan(new=(), slots=(), starts=(), counts=(), appended=()):
     )
 
 
-def buffers(seqs=4, length=64, block=8):
-    return InputBuffers(max_num_seqs=seqs, max_model_len=length, block_size=block, device=torch.device("cpu"))
+def buffers(seqs=4, length=64, block=8, device="cpu"):
+    return InputBuffers(
+        max_num_seqs=seqs, max_model_len=length, block_size=block, device=open_device(device),
+        ops=load_ops(device, torch.float32), spare_block=SPARE_BLOCK,
+    )  # fmt: skip
 
 
 def rows(*indices):
@@ -110,3 +116,48 @@ def test_any_mixture_reads_and_writes_where_the_plan_says(chunks, random):
     fwd = b.forward(p, KV, rows(0))
     assert fwd.token_ids.tolist() == expected_tokens
     assert fwd.attention.kv_slots.tolist() == expected_slots
+
+
+def test_a_decode_step_is_found_on_the_device_alone():
+    b = buffers(device="reference")
+    b.admit(plan(new=[sequence(2, list(range(100, 110)), [5, 3]), sequence(0, [7, 8, 9], [1])]))
+    b.feed_back([2, 0], [10, 3], torch.tensor([41, 42]))
+    b.admit(plan(appended=[(0, [6])]))
+    slots, positions = torch.tensor([0, 2, b.spare_slot]), torch.tensor([3, 10, 0])
+    fwd = b.decode_forward(slots, positions, KV)
+    assert fwd.token_ids.tolist() == [42, 41, 0]
+    assert fwd.positions.tolist() == [3, 10, 0]
+    assert fwd.logits_rows.tolist() == [0, 1, 2]
+    inputs = fwd.attention
+    assert inputs.kv_slots.tolist() == [1 * 8 + 3, 3 * 8 + 2, SPARE_BLOCK * 8]
+    assert inputs.context_lens.tolist() == [4, 11, 1]
+    assert inputs.query_starts.tolist() == [0, 1, 2, 3]
+    assert inputs.num_decodes == 3
+    assert inputs.block_table[0, :2].tolist() == [1, 6]
+    assert inputs.block_table[1, :2].tolist() == [5, 3]
+
+
+@given(data=st.data())
+@settings(max_examples=50)
+def test_the_device_knows_what_the_host_knows(data):
+    """Blocks and tokens reach the device's tables whatever comes in which plan."""
+    b = buffers(device="reference")
+    tables: dict[int, list[int]] = {}
+    fresh = iter(range(10_000))
+    for _ in range(data.draw(st.integers(1, 6))):
+        new, appended = [], []
+        for slot in data.draw(st.sets(st.integers(0, 3))):
+            length = data.draw(st.integers(1, 64))
+            tables[slot] = [next(fresh) for _ in range(-(-length // 8))]
+            new.append(sequence(slot, [next(fresh) for _ in range(length)], list(tables[slot])))
+        for slot in data.draw(st.sets(st.sampled_from(sorted(tables)))) if tables else ():
+            more = [next(fresh) for _ in range(data.draw(st.integers(0, 8 - len(tables[slot]))))]
+            tables[slot] += more
+            appended.append((slot, more))
+        b.admit(plan(new=new, appended=appended))
+        for seq in new:
+            assert b.tokens[seq.slot, : len(seq.token_ids)].tolist() == seq.token_ids
+    for slot, blocks in tables.items():
+        assert b.block_table[slot, : len(blocks)].tolist() == blocks
+        assert b.tables_of(np.array([slot]))[0, : len(blocks)].tolist() == blocks
+    assert b.block_table[b.spare_slot, 0] == SPARE_BLOCK

@@ -114,7 +114,7 @@ def test_context_with_rope_scaling(tmp_path: Path, rope: dict[str, Any], length:
         ({"architectures": ["GPT2LMHeadModel"]}, "Architecture GPT2LMHeadModel is not supported; supported: Llama.*Qwen3"),
         ({"architectures": []}, "names no architecture"),
         ({"hidden_size": "absent"}, "lacks the field 'hidden_size'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised by a method .* supported: awq, gptq, fp8"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 .* not supported for Qwen3ForCausalLM"),
         ({"logit_scale": 0.5}, "logit_scale=0.5"),

@@ -91,7 +91,7 @@ def test_progress_ends_at_the_total(directory: Path) -> None:
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(64, dtype=torch.int8)}),
-            r"holds torch\.int8; only float checkpoints",
+            r"holds torch\.int8, not one of float16, bfloat16",
         ),
     ],
     ids=["missing", "unknown", "shape", "integers"],

@@ -15,6 +15,7 @@ import torch
 
 from xllm.ops import activation, attention, few, linear, norm, rotary
 from xllm.ops.attention import AttentionInputs
+from xllm.ops.inputs import decode_inputs
 from xllm.ops.table import FEW, FewOps, Ops, resolve
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -126,20 +127,57 @@ def attention_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator
         for batch in ("decode", "prefill", "mixed"):
             kv_heads, group = rng.randint(1, 3), rng.choice((1, 2, 3, 4, 5, 7, 8))
             yield attention_pair(ops, dtype, rng, batch, kv_heads, group, head_dim)
-    yield attention_pair(ops, dtype, rng, "mixed", 1, 40, 16)
+    yield attention_pair(ops, dtype, rng, "mixed", 1, 40, 16, sequences=5)
+    for block_size, head_dim in itertools.product((16, 64, 128), (64, 128)):  # what engines use
+        yield attention_pair(
+            ops, dtype, rng, "mixed", 1, 4, head_dim, block_size=block_size, sequences=4, longest=1500
+        )
+    yield attention_pair(ops, dtype, rng, "decode", 1, 2, 256, sequences=1, longest=5000)
+    yield attention_pair(ops, dtype, rng, "decode", 8, 1, 8, sequences=70, longest=100)
+    if ops.device == "cuda":
+        for head_dim in (64, 72):
+            yield attention_pair(
+                ops,
+                dtype,
+                rng,
+                "mixed",
+                2,
+                2,
+                head_dim,
+                block_size=64,
+                sequences=4,
+                kv_dtype=torch.float8_e4m3fn,
+            )
 
 
 def attention_pair(
-    ops: Ops, dtype: torch.dtype, rng: random.Random, batch: str, kv_heads: int, group: int, head_dim: int
+    ops: Ops,
+    dtype: torch.dtype,
+    rng: random.Random,
+    batch: str,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    *,
+    block_size: int = 0,
+    sequences: int = 0,
+    longest: int = 900,
+    kv_dtype: torch.dtype | None = None,
 ) -> Pair:
-    sequences = rng.choice((1, 2, 5, 33))
+    """block_size and sequences: 0 for any."""
+    sequences = sequences or rng.choice((1, 2, 5, 33))
     queries = [
         1 if batch == "decode" or (batch == "mixed" and rng.random() < 0.5) else rng.randint(1, 90)
         for _ in range(sequences)
     ]
-    contexts = [count + rng.choice((0, rng.randint(0, 40), rng.randint(0, 900))) for count in queries]
+    contexts = [count + rng.choice((0, rng.randint(0, 40), rng.randint(0, longest))) for count in queries]
     cache, inputs = paged(
-        queries, contexts, block_size=rng.randint(8, 64), heads=kv_heads, head_dim=head_dim, dtype=dtype
+        queries,
+        contexts,
+        block_size=block_size or rng.randint(8, 64),
+        heads=kv_heads,
+        head_dim=head_dim,
+        dtype=kv_dtype or dtype,
     )
     if ops.query_tile:
         inputs = tiled(inputs, ops.query_tile)
@@ -250,11 +288,14 @@ def few_attention_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iter
         )
         qkv = activations(ops, tokens, (group + 2) * kv_heads * head_dim, dtype=dtype)
         window = rng.choice((None, rng.randint(1, 100), 300))
-        # of the cache's own dtype: what this step attends to has been rounded to it
+        # attention is of keys and values rounded to the cache's dtype, and of queries rounded as activations are
         exact_cache, scale = cache.clone(), head_dim**-0.5
-        exact = few.rope_cache_attention(
-            qkv.double(), positions, cos_sin, wide(norms[0]), wide(norms[1]), 1e-6, exact_cache, 1, inputs, scale, window
+        q = rotary.rope_and_cache(
+            qkv.double(), positions, cos_sin, wide(norms[0]), wide(norms[1]), 1e-6, exact_cache, 1, inputs.kv_slots
         )  # fmt: skip
+        exact = attention.attention(
+            q.to(ops.activation_dtype).double(), exact_cache, 1, inputs, scale, window
+        )
         given = operators.rope_cache_attention(
             qkv, positions, cos_sin, *norms, 1e-6, cache, 1, inputs, scale, window
         )
@@ -272,6 +313,26 @@ def few_of(ops: Ops) -> FewOps:
     return ops.few or FewOps(**{op: resolve(at) for op, at in FEW[ops.device].items()})
 
 
+def decode_inputs_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator[Pair]:
+    for count, slots, length, block_size in (
+        (1, 1, 1, 8),
+        (3, 9, 100, 16),
+        (64, 64, 5000, 64),
+        (33, 200, 777, 32),
+    ):
+        width = -(-length // block_size)
+        tokens = torch.randint(1000, (slots, length + 1))
+        table = torch.randint(2**20, (slots, width), dtype=torch.int32)
+        chosen, positions = torch.randint(slots, (count,)), torch.randint(length, (count,))
+        exact = decode_inputs(chosen, positions, tokens, table, block_size)
+        given = ops.decode_inputs(chosen, positions, tokens, table, block_size)
+        for one, other in zip(given[:3], exact[:3], strict=True):
+            assert one.dtype == other.dtype
+            yield one.float(), other.float()
+        used = torch.arange(width) <= (positions // block_size)[:, None]
+        yield (given[3] * used).float(), (exact[3] * used).float()
+
+
 CASES: dict[str, Case] = {
     "new_weight": embedding_case,
     "store_rows": embedding_case,
@@ -282,6 +343,7 @@ CASES: dict[str, Case] = {
     "silu_and_mul": silu_case,
     "rope_and_cache": rope_case,
     "attention": attention_case,
+    "decode_inputs": decode_inputs_case,
     "norm_linear": norm_linear_case,
     "norm_gate_up": norm_gate_up_case,
     "linear_add": linear_add_case,

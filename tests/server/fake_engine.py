@@ -10,14 +10,31 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from xllm.config.decided import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig
+from xllm.config.decided import (
+    CacheConfig,
+    EngineConfig,
+    ExecutorConfig,
+    MemoryConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
 from xllm.config.options import EngineOptions
 from xllm.core.output import Finish, SequenceOutput
 from xllm.core.plan import TokenLogprobs
 from xllm.core.stats import SchedulerStats
 from xllm.engine.async_llm import AsyncLLM
 from xllm.text.tokenizer import Tokenizer
-from xllm.wire.messages import Abort, Heartbeat, Message, Outputs, Reply, ResetPrefixCache, Submit
+from xllm.wire.messages import (
+    Abort,
+    Heartbeat,
+    Message,
+    Outputs,
+    Reply,
+    ResetPrefixCache,
+    Sleep,
+    Submit,
+    WakeUp,
+)
 
 MAX_LEN = 512
 REPLY = "Grüße aus 東京 🗼! That is all."
@@ -51,7 +68,8 @@ def engine_config(directory: Path, *, order: str = "fcfs", slots: int = 8) -> En
             max_model_len=MAX_LEN, max_num_seqs=slots, max_num_batched_tokens=512, chunked_prefill=True,
             long_prefill_token_threshold=0, batching="chunked", order=order, admission="optimistic", depth=1,
         ),
-        cache=CacheConfig(block_size=16, num_blocks=64, prefix_caching=True, block_bytes=1024),
+        cache=CacheConfig(block_size=16, num_blocks=64, prefix_caching=True, block_bytes=1024, kv_dtype="float32"),
+        memory=MemoryConfig(kv_bytes=None, utilization=0.9, length_asked=False),
         executor=ExecutorConfig(device="cpu", dtype="float32", threads=1, seed=0),
         reasons=("a fake decides nothing",),
     )  # fmt: skip
@@ -72,6 +90,7 @@ class FakeClient:
     """An `EngineClient`. One token per step for up to `slots` sequences; everything a test may turn is public."""
 
     tokenizer: Tokenizer
+    config: EngineConfig
     slots: int = 8
     step_s: float = 0.0005
     reply: str = REPLY
@@ -109,6 +128,9 @@ class FakeClient:
                     self._sequences.pop(id, None)
             elif isinstance(message, ResetPrefixCache):
                 self._replies.append(Reply(call_id=message.call_id, value=True))
+            elif isinstance(message, Sleep | WakeUp):
+                busy = "something runs" if self._sequences else None
+                self._replies.append(Reply(call_id=message.call_id, refused=busy))
             self._news.notify()
 
     def receive(self, timeout_s: float) -> Message | None:
@@ -222,13 +244,15 @@ def make_engine(
     slots: int = 8,
     queue: int = 1024,
     template: str | None = TEMPLATE,
+    sleeps: bool = False,
 ) -> AsyncLLM:
     """To be called inside a running event loop. Its `FakeClient` is `client_of(engine)`."""
     tokenizer = byte_tokenizer(template=template)
-    options = EngineOptions(model="fake", max_num_queued_reqs=queue, scheduling_policy=order)
-    return AsyncLLM(
-        options, engine_config(directory, order=order, slots=slots), FakeClient(tokenizer, slots), tokenizer
+    options = EngineOptions(
+        model="fake", max_num_queued_reqs=queue, scheduling_policy=order, enable_sleep_mode=sleeps
     )
+    config = engine_config(directory, order=order, slots=slots)
+    return AsyncLLM(options, config, FakeClient(tokenizer, config, slots), tokenizer)
 
 
 def client_of(engine: AsyncLLM) -> FakeClient:

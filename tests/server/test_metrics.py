@@ -32,7 +32,8 @@ def value(text, name, **labels):
 
 
 def test_every_name_under_both_prefixes_before_anything_happened():
-    assert [d.name for d in DEFINITIONS] == CONVENTIONS
+    names = [d.name for d in DEFINITIONS]
+    assert names[: len(CONVENTIONS)] == CONVENTIONS
     page = Metrics(
         "m", {"block_size": "16", "num_gpu_blocks": "4", "enable_prefix_caching": "True", "cache_dtype": "f"}
     )
@@ -46,6 +47,9 @@ def test_every_name_under_both_prefixes_before_anything_happened():
                 assert sample.labels["model_name"] == "m"
                 assert sample.labels["engine"] == "0"
     assert not any("_created" in s.name for f in families.values() for s in f.samples)
+    for name in names[len(CONVENTIONS) :]:  # what only we have is not called by others' names
+        assert "xllm:" + name in families
+        assert "vllm:" + name not in families
 
 
 def test_a_served_request_is_counted_once(http, live):

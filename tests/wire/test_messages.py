@@ -5,6 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from xllm.config.decided import (
+    CacheConfig,
+    EngineConfig,
+    ExecutorConfig,
+    MemoryConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
 from xllm.core.output import Finish, SequenceOutput
 from xllm.core.plan import TokenLogprobs
 from xllm.core.sampling import SamplingParams
@@ -20,13 +28,29 @@ from xllm.wire.messages import (
     Reply,
     ResetPrefixCache,
     Shutdown,
+    Sleep,
     Submit,
     SubmitMany,
+    WakeUp,
     WireError,
     decode,
     encode,
 )
 
+CONFIG = EngineConfig(
+    model=ModelConfig(
+        directory="/m", architecture="Qwen3ForCausalLM", vocab_size=9, hidden_size=8, num_layers=1, num_heads=1,
+        num_kv_heads=1, head_dim=8, max_position=99, eos_ids=(2, 3), load_format="auto", hf={"rope": {"factor": 2.0}},
+    ),
+    scheduler=SchedulerConfig(
+        max_model_len=99, max_num_seqs=4, max_num_batched_tokens=64, chunked_prefill=True, order="fcfs",
+        long_prefill_token_threshold=0, batching="chunked", admission="optimistic", depth=2,
+    ),
+    cache=CacheConfig(block_size=16, num_blocks=64, prefix_caching=True, block_bytes=1024, kv_dtype="float32"),
+    memory=MemoryConfig(kv_bytes=None, utilization=0.9, length_asked=False),
+    executor=ExecutorConfig(device="cpu", dtype="float32", threads=1, seed=0, graph_sizes=(1, 2)),
+    reasons=("because",),
+)  # fmt: skip
 STATS = SchedulerStats(1, 2, 1, 0.5, 100, 50, 0, 3, 200, 30, 17)
 ONE_OF_EACH = [
     Submit(
@@ -40,9 +64,11 @@ ONE_OF_EACH = [
     ),
     Abort(request_ids=["a", "b"]),
     ResetPrefixCache(call_id=4),
+    Sleep(call_id=5),
+    WakeUp(call_id=6),
     Shutdown(),
     Loading(what="weights", done=3, total=7),
-    Ready(seconds={"weights": 0.5}),
+    Ready(config=CONFIG, seconds={"weights": 0.5}),
     Outputs(
         outputs=[
             SequenceOutput(
@@ -54,6 +80,7 @@ ONE_OF_EACH = [
     ),
     Heartbeat(progress=7, busy=True, stats=STATS),
     Reply(call_id=4, value={"ok": True}),
+    Reply(call_id=5, refused="it is busy"),
     Fault(reason="out of memory"),
 ]  # fmt: skip
 

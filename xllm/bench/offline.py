@@ -15,11 +15,13 @@ from xllm.bench import datasets
 from xllm.bench.completion import Ask
 from xllm.bench.metrics import percentile
 from xllm.bench.options import DatasetOptions, LatencyOptions, ThroughputOptions
+from xllm.bench.profile import profiled_if
 from xllm.bench.vocabulary import IdVocabulary, Vocabulary, load_vocabulary
 from xllm.config.options import EngineOptions
 from xllm.core.errors import ConfigError
 from xllm.core.output import RequestOutput
 from xllm.core.sampling import SamplingParams
+from xllm.core.stats import ExecutorStats, SchedulerStats
 
 LATENCY_PERCENTILES = (10, 25, 50, 75, 90, 99)
 
@@ -31,6 +33,8 @@ class Engine(Protocol):
         self, prompts: Any, sampling_params: Any = None, use_tqdm: bool = True
     ) -> list[RequestOutput]: ...
 
+    def stats(self) -> SchedulerStats: ...
+
 
 def run_throughput(engine_options: EngineOptions, data: DatasetOptions, options: ThroughputOptions) -> int:
     with _engine(engine_options) as (llm, vocab_size, directory):
@@ -38,11 +42,14 @@ def run_throughput(engine_options: EngineOptions, data: DatasetOptions, options:
         if data.dataset_name in ("sharegpt", "custom"):  # they bring text
             vocabulary = load_vocabulary(engine_options.tokenizer, directory, as_ids=True)
         asks = datasets.load(data, vocabulary, engine_options.seed)
-        result, outputs = measure_throughput(llm, asks, progress=not options.disable_tqdm)
+        with profiled_if(options.profile, options.profile_dir):
+            result, outputs = measure_throughput(llm, asks, progress=not options.disable_tqdm)
+        steps = describe_steps(llm.stats().executor)
     print(
         f"Throughput: {result['requests_per_second']:.2f} requests/s, "
         f"{result['tokens_per_second']:.2f} total tokens/s, {outputs / result['elapsed_time']:.2f} output tokens/s"
     )
+    print(steps)
     _write(options.output_json, result)
     return 0
 
@@ -70,10 +77,13 @@ def run_latency(engine_options: EngineOptions, options: LatencyOptions) -> int:
     if min(options.input_len, options.output_len, options.batch_size, options.num_iters) < 1:
         raise ConfigError("--input-len, --output-len, --batch-size and --num-iters must be at least 1")
     with _engine(engine_options) as (llm, vocab_size, _):
-        result = measure_latency(llm, options, vocab_size, engine_options.seed)
+        with profiled_if(options.profile, options.profile_dir):
+            result = measure_latency(llm, options, vocab_size, engine_options.seed)
+        steps = describe_steps(llm.stats().executor)
     print(f"Avg latency: {result['avg_latency']:.4f} seconds")
     for p, seconds in result["percentiles"].items():
         print(f"{p}% percentile latency: {seconds:.4f} seconds")
+    print(steps)
     _write(options.output_json, {**result, "options": asdict(options)})
     return 0
 
@@ -99,6 +109,15 @@ def measure_latency(llm: Engine, options: LatencyOptions, vocab_size: int, seed:
         "latencies": latencies,
         "percentiles": {str(p): percentile(latencies, p) for p in LATENCY_PERCENTILES},
     }
+
+
+def describe_steps(stats: ExecutorStats) -> str:
+    """What the engine's steps were and how long the device waited between them, since its start."""
+    each = 1e3 / max(stats.steps, 1)
+    return (
+        f"Steps: {stats.steps}, {stats.graph_steps} of them as graphs; on the device {stats.device_s * each:.3f} ms each, "
+        f"between two of them {stats.bubble_s * each:.3f} ms"
+    )
 
 
 def _prompt(ask: Ask) -> dict[str, Any]:

@@ -73,6 +73,8 @@ class DatasetOptions:
 class ThroughputOptions:
     """The report."""
 
+    profile: bool = knob(False, "write a trace of the measured run, and print what took most of its time")
+    profile_dir: str = knob(".", "directory for the trace", metavar="DIR")
     disable_tqdm: bool = knob(False, "no progress bar")
     output_json: str | None = knob(None, "file for the result", metavar="FILE")
 
@@ -86,6 +88,8 @@ class LatencyOptions:
     batch_size: int = knob(8, "requests at once")
     num_iters_warmup: int = knob(3, "batches before measuring starts")
     num_iters: int = knob(10, "batches to measure")
+    profile: bool = knob(False, "write a trace of the measured run, and print what took most of its time")
+    profile_dir: str = knob(".", "directory for the trace", metavar="DIR")
     disable_tqdm: bool = knob(False, "no progress bar")
     output_json: str | None = knob(None, "file for the result", metavar="FILE")
 

@@ -20,17 +20,33 @@ class SchedulerConfig:
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     block_size: int  # tokens
-    num_blocks: int
+    num_blocks: int  # 0 until the engine has measured what is left, see `xllm.config.memory`
     prefix_caching: bool
     block_bytes: int  # of one block over all layers
+    kv_dtype: str  # "bfloat16" | "float32" | "float8_e4m3fn"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    """What was asked about memory, for the engine that sizes its KV cache itself."""
+
+    kv_bytes: int | None  # of the KV cache, where the user gave a number
+    utilization: float  # share of the device's memory to use at most
+    length_asked: bool  # the user chose the longest sequence; it must fit
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorConfig:
-    device: str  # "cpu"
+    device: str  # "cpu" | "cuda" | "reference"
     dtype: str  # "bfloat16" | "float32"
     threads: int
     seed: int
+    graph_sizes: tuple[
+        int, ...
+    ] = ()  # sequences of a decode step that graphs are captured for; none: all is eager
+    quantization: str | None = (
+        None  # scheme of the layers' matrices (`xllm.ops.schemes`); none: they are in `dtype`
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +72,6 @@ class EngineConfig:
     model: ModelConfig
     scheduler: SchedulerConfig
     cache: CacheConfig
+    memory: MemoryConfig
     executor: ExecutorConfig
     reasons: tuple[str, ...]  # what was decided and why, one sentence each, for the start-up plan

@@ -29,9 +29,18 @@ class EngineOptions:
     # the model
     model: str = "demo"
     tokenizer: str | None = knob(None, "tokenizer directory or hub id, when not the model's own")
+    skip_tokenizer_init: bool = knob(
+        False, "token ids in, token ids out: for LLM(...) and the offline benchmarks, not for serving"
+    )
     revision: str | None = knob(None, "branch, tag or commit of a hub model")
     served_model_name: str | None = knob(None, "name the API serves the model under (default: MODEL)")
     dtype: str = knob("auto", "weights and arithmetic", choices=("auto", "bfloat16", "float32"))
+    quantization: str | None = knob(
+        None,
+        "weights in fewer bits: fp8 (tokens too), int8 and int4 quantise a float checkpoint as it loads; "
+        "awq and gptq confirm what the checkpoint is",
+        choices=("fp8", "int8", "int4", "awq", "gptq"),
+    )
     max_model_len: int | None = knob(
         None, "longest prompt + output in tokens (default: the model's own, as memory allows)"
     )
@@ -50,16 +59,28 @@ class EngineOptions:
     seed: int = knob(0, "seed of requests that bring none, and of dummy weights")
 
     # where it runs
-    device: str = knob("auto", "hardware to run on", choices=("auto", "cpu"))
+    device: str = knob(
+        "auto",
+        "hardware to run on; reference: plain PyTorch on the CPU, slow and exact",
+        choices=("auto", "cpu", "cuda", "reference"),
+    )
+    enforce_eager: bool = knob(False, "never use device graphs: slower, and easier to debug")
+    cudagraph_capture_sizes: tuple[int, ...] | None = knob(
+        None, "sequences of a decode step that graphs are captured for (default: 1 to --max-num-seqs)"
+    )
     threads: int | None = knob(None, "CPU threads for the model (default: physical cores)")
 
     # KV memory
-    block_size: int | None = knob(None, "tokens per KV block (default: 16 on CPU)")
+    block_size: int | None = knob(None, "tokens per KV block (default: 16 on a CPU, 64 on a GPU)")
     kv_cache_memory_bytes: int | None = knob(
         None, "bytes for the KV cache (default: a share of what is free)"
     )
     gpu_memory_utilization: float = knob(
         0.9, "share of the device's memory to use at most; of free memory on a CPU it is halved"
+    )
+    kv_cache_dtype: str = knob("auto", "numbers of the KV cache; auto: as --dtype", choices=("auto", "fp8"))
+    enable_sleep_mode: bool = knob(
+        False, "let POST /sleep give a card's memory back while nothing runs, and POST /wake_up take it again"
     )
     enable_prefix_caching: bool = knob(True, "share the KV of equal prefixes")
 

@@ -1,19 +1,19 @@
 """From what was asked to what is decided. Pure: the same options and facts always give the same decisions."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from xllm.config.decided import CacheConfig, EngineConfig, ExecutorConfig, ModelConfig, SchedulerConfig
-from xllm.config.facts import DeviceFacts, ModelFacts
+from xllm.config.decided import (
+    CacheConfig,
+    EngineConfig,
+    ExecutorConfig,
+    MemoryConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
+from xllm.config.facts import DeviceFacts, ModelFacts, kept_in
+from xllm.config.memory import fit_cache, gib
 from xllm.config.options import EngineOptions
 from xllm.core.errors import ConfigError
-
-GIB = 1 << 30
-CPU_BLOCK_SIZE = 16
-CPU_MAX_NUM_SEQS = 64
-CPU_TOKEN_BUDGET = 512  # beyond this a step's linears gain nothing on a CPU and decoders wait longer
-# Of a CPU's free memory the KV cache takes at most half of what --gpu-memory-utilization would allow on a card:
-# the page cache, the front end and the user's other programs live in the same memory.
-CPU_SHARE = 0.5
 
 
 @dataclass
@@ -31,27 +31,63 @@ def resolve(asked: EngineOptions, model: ModelConfig, facts: ModelFacts, device:
         raise ConfigError(
             "--trust-remote-code is refused: xLLM implements architectures itself and runs no code out of a checkpoint"
         )
-    executor = _executor(asked, facts, device, draft)
-    block_size = asked.block_size or CPU_BLOCK_SIZE
+    suits = device.preferences
+    block_size = asked.block_size or suits.block_size
     if block_size not in (8, 16, 32, 64, 128):
         raise ConfigError(f"--block-size must be 8, 16, 32, 64 or 128, not {block_size}")
-    max_num_seqs = asked.max_num_seqs or CPU_MAX_NUM_SEQS
     _positive(asked)
-    kv_per_token = facts.kv_bytes_per_token[executor.dtype]
-    block_bytes = kv_per_token * block_size
-    num_blocks, max_model_len = _kv(
-        asked, model, facts, device, executor.dtype, max_num_seqs, block_size, draft
-    )
-    scheduler = _scheduler(asked, max_num_seqs, max_model_len, draft)
+    if asked.enable_sleep_mode and not suits.graphs:
+        raise ConfigError(
+            f"--enable-sleep-mode: weights rest in the host's memory, which is where the device {device.name} has them"
+        )
+    max_num_seqs = asked.max_num_seqs or suits.max_num_seqs
+    executor = _executor(asked, facts, device, max_num_seqs, draft)
+    max_model_len = asked.max_model_len or model.max_position
+    if max_model_len > model.max_position:
+        raise ConfigError(
+            f"--max-model-len {max_model_len} is beyond the model's own {model.max_position} positions"
+        )
+    kv_dtype = _kv_dtype(asked, executor.dtype, device, draft)
     cache = CacheConfig(
         block_size=block_size,
-        num_blocks=num_blocks,
+        num_blocks=0,
         prefix_caching=asked.enable_prefix_caching,
-        block_bytes=block_bytes,
+        block_bytes=facts.kv_bytes_per_token[kv_dtype] * block_size,
+        kv_dtype=kv_dtype,
     )
-    return EngineConfig(
-        model=model, scheduler=scheduler, cache=cache, executor=executor, reasons=tuple(draft.reasons)
+    memory = MemoryConfig(
+        kv_bytes=asked.kv_cache_memory_bytes,
+        utilization=asked.gpu_memory_utilization,
+        length_asked=asked.max_model_len is not None,
     )
+    scheduler = _scheduler(asked, suits.token_budget, max_num_seqs, max_model_len, draft)
+    config = EngineConfig(
+        model=model, scheduler=scheduler, cache=cache, memory=memory, executor=executor, reasons=()
+    )
+    weights = facts.weight_bytes[kept_in(executor.dtype, executor.quantization)]
+    return _with_cache(config, weights, device, draft)
+
+
+def _with_cache(config: EngineConfig, weights: int, device: DeviceFacts, draft: _Draft) -> EngineConfig:
+    """Sizes the KV cache where what is free says enough; checks what can be checked where the engine will."""
+    asked = config.memory.kv_bytes
+    if asked is not None and asked + weights > device.total_bytes:
+        raise ConfigError(
+            f"--kv-cache-memory-bytes {asked} and {gib(weights)} of weights exceed the machine's {gib(device.total_bytes)}"
+        )
+    room = device.free_bytes - weights
+    if asked is None and room <= 0:
+        raise ConfigError(
+            f"the weights take {gib(weights)} in {kept_in(config.executor.dtype, config.executor.quantization)}, but only {gib(device.free_bytes)} of memory is free"
+        )
+    decided = replace(config, reasons=tuple(draft.reasons))
+    if asked is not None:
+        return fit_cache(decided, asked, "as asked")
+    if device.preferences.measured:
+        return decided
+    share = config.memory.utilization * device.preferences.memory_share
+    why = f"{share:.2f} of {gib(device.free_bytes)} free minus {gib(weights)} of weights"
+    return fit_cache(decided, int(room * share), why)
 
 
 def _positive(asked: EngineOptions) -> None:
@@ -74,10 +110,13 @@ def _positive(asked: EngineOptions) -> None:
         )
 
 
-def _executor(asked: EngineOptions, facts: ModelFacts, device: DeviceFacts, draft: _Draft) -> ExecutorConfig:
+def _executor(
+    asked: EngineOptions, facts: ModelFacts, device: DeviceFacts, max_num_seqs: int, draft: _Draft
+) -> ExecutorConfig:
     dtype = asked.dtype
+    quantization = _quantization(asked, facts, device, draft)
     if dtype == "auto":
-        dtype = "float32" if facts.dtype == "float32" else "bfloat16"
+        dtype = "float32" if facts.dtype == "float32" and quantization is None else "bfloat16"
         why = f"the checkpoint is {facts.dtype}"
         draft.say(
             f"dtype {dtype}: {why}"
@@ -90,63 +129,76 @@ def _executor(asked: EngineOptions, facts: ModelFacts, device: DeviceFacts, draf
         f"device {device.name}: {device.description}; {threads} threads: "
         + ("as asked" if asked.threads else "one a physical core")
     )
-    return ExecutorConfig(device=device.name, dtype=dtype, threads=threads, seed=asked.seed)
+    return ExecutorConfig(device=device.name, dtype=dtype, threads=threads, seed=asked.seed,
+        graph_sizes=_graph_sizes(asked, device, max_num_seqs, draft), quantization=quantization,
+    )  # fmt: skip
 
 
-def _kv(
-    asked: EngineOptions, model: ModelConfig, facts: ModelFacts, device: DeviceFacts, dtype: str,
-    max_num_seqs: int, block_size: int, draft: _Draft,
-) -> tuple[int, int]:  # fmt: skip
-    """-> (number of blocks, max_model_len)."""
-    per_token, weights = facts.kv_bytes_per_token[dtype], facts.weight_bytes[dtype]
-    if asked.max_model_len and asked.max_model_len > model.max_position:
+def _quantization(asked: EngineOptions, facts: ModelFacts, device: DeviceFacts, draft: _Draft) -> str | None:
+    wanted, found = asked.quantization, facts.quantization
+    if wanted is not None and found is not None and wanted != found:
+        raise ConfigError(f"--quantization {wanted}: the checkpoint is already quantised, in {found}")
+    if wanted in ("awq", "gptq") and found is None:
         raise ConfigError(
-            f"--max-model-len {asked.max_model_len} is beyond the model's own {model.max_position} positions"
+            f"--quantization {wanted}: the checkpoint is not quantised that way; fp8, int8 and int4 quantise a float "
+            "checkpoint as it loads"
         )
-    wanted_len = asked.max_model_len or model.max_position
-    useful = max_num_seqs * _round_up(wanted_len, block_size) * per_token
-    if asked.kv_cache_memory_bytes:
-        budget, why = asked.kv_cache_memory_bytes, "as asked"
-        if budget + weights > device.total_bytes:
-            raise ConfigError(
-                f"--kv-cache-memory-bytes {budget} and {_gib(weights)} of weights exceed the machine's {_gib(device.total_bytes)}"
-            )
-    else:
-        share = asked.gpu_memory_utilization * CPU_SHARE
-        room = device.free_bytes - weights
-        if room <= 0:
-            raise ConfigError(
-                f"the weights take {_gib(weights)} in {dtype}, but only {_gib(device.free_bytes)} of memory is free"
-            )
-        budget, why = (
-            int(room * share),
-            f"{share:.2f} of {_gib(device.free_bytes)} free minus {_gib(weights)} of weights",
+    scheme = found or wanted
+    if scheme is None:
+        return None
+    if device.name == "cpu":
+        raise ConfigError(
+            f"weights in {scheme} run on a GPU only: on a CPU every product would first turn them back into floats; "
+            "take the float checkpoint there, without --quantization"
         )
-        if useful < budget:
-            budget, why = (
-                useful,
-                f"all that {max_num_seqs} sequences of {wanted_len} tokens can use; {why} would allow more",
-            )
-    num_blocks = budget // (per_token * block_size)
-    fits = num_blocks * block_size
-    if fits < wanted_len:
-        if asked.max_model_len or fits < 2 * block_size:
-            raise ConfigError(
-                f"the KV cache ({_gib(budget)}: {why}) holds {fits} tokens, less than one sequence of {wanted_len}; "
-                "lower --max-model-len or give more memory"
-            )
-        draft.say(f"max model length {fits} instead of the model's {wanted_len}: all the KV cache can hold")
-        wanted_len = fits
+    draft.say(f"weights of the layers in {scheme}: " + ("as the checkpoint is" if found else "as asked"))
+    return scheme
+
+
+def _kv_dtype(asked: EngineOptions, dtype: str, device: DeviceFacts, draft: _Draft) -> str:
+    if asked.kv_cache_dtype == "auto":
+        return dtype
+    if device.name == "cpu":
+        raise ConfigError("--kv-cache-dtype fp8 runs on a GPU only: a CPU has no arithmetic for 8-bit floats")
+    draft.say("KV cache in float8_e4m3fn: as asked; half the memory, three bits of mantissa")
+    return "float8_e4m3fn"
+
+
+def _graph_sizes(
+    asked: EngineOptions, device: DeviceFacts, max_num_seqs: int, draft: _Draft
+) -> tuple[int, ...]:
+    given = asked.cudagraph_capture_sizes
+    if given is not None and not device.preferences.graphs:
+        raise ConfigError(f"--cudagraph-capture-sizes: the device {device.name} has no graphs")
+    if not device.preferences.graphs:
+        return ()
+    if asked.enforce_eager:
+        if given is not None:
+            raise ConfigError("--enforce-eager and --cudagraph-capture-sizes ask for opposite things")
+        draft.say("no graphs: as asked; small batches are bound by launches then")
+        return ()
+    sizes = tuple(sorted(set(given))) if given is not None else default_graph_sizes(max_num_seqs)
+    if not sizes or not 1 <= sizes[0] <= sizes[-1] <= max_num_seqs:
+        raise ConfigError(f"--cudagraph-capture-sizes must lie between 1 and --max-num-seqs {max_num_seqs}")
     draft.say(
-        f"KV cache {_gib(num_blocks * block_size * per_token)} = {fits} tokens in {num_blocks} blocks of {block_size}: {why}"
+        f"decode steps of up to {sizes[-1]} sequences run as graphs of {len(sizes)} sizes"
+        + (": as asked" if given is not None else "")
     )
-    return num_blocks, wanted_len
+    return sizes
 
 
-def _scheduler(asked: EngineOptions, max_num_seqs: int, max_model_len: int, draft: _Draft) -> SchedulerConfig:
+def default_graph_sizes(max_num_seqs: int) -> tuple[int, ...]:
+    """Finer where a row more or less costs most; the largest is `max_num_seqs`, so that every decode step has one."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, 1025, 32)]
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+def _scheduler(
+    asked: EngineOptions, suits_budget: int, max_num_seqs: int, max_model_len: int, draft: _Draft
+) -> SchedulerConfig:
     budget = asked.max_num_batched_tokens
     if budget is None:
-        budget = max(CPU_TOKEN_BUDGET, max_num_seqs)
+        budget = max(suits_budget, max_num_seqs)
         if not asked.enable_chunked_prefill:
             budget = max(budget, max_model_len)
         draft.say(
@@ -169,11 +221,3 @@ def _scheduler(asked: EngineOptions, max_num_seqs: int, max_model_len: int, draf
         chunked_prefill=asked.enable_chunked_prefill, long_prefill_token_threshold=asked.long_prefill_token_threshold,
         batching=asked.batching_policy, order=asked.scheduling_policy, admission=asked.admission, depth=depth,
     )  # fmt: skip
-
-
-def _round_up(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def _gib(n: int) -> str:
-    return f"{n / GIB:.2f} GiB" if n >= GIB // 10 else f"{n / (1 << 20):.1f} MiB"

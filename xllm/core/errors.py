@@ -62,3 +62,7 @@ class EngineFault(XllmError):
     """The engine could not finish an admitted request (an exception in a step, a hang, a dead process)."""
 
     type = "engine_error"
+
+
+class DeviceLost(EngineFault):
+    """The device takes no more work in this process. The engine ends; a new one may find the device well."""

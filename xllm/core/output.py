@@ -74,6 +74,12 @@ class RequestMetrics:
     prefill_s: float | None = None
     num_preemptions: int = 0
 
+    def snapshot(self) -> "RequestMetrics":
+        """A copy; made for every token, and `copy.copy` takes ten times as long."""
+        return RequestMetrics(
+            self.arrival, self.first_token, self.finished, self.queued_s, self.prefill_s, self.num_preemptions
+        )
+
 
 @dataclass(slots=True)
 class RequestOutput:

@@ -1,6 +1,16 @@
-"""What the scheduler tells about itself, for metrics and for whoever balances load."""
+"""What an engine tells about itself, for metrics and for whoever balances load."""
 
 import msgspec
+
+
+class ExecutorStats(msgspec.Struct, frozen=True):
+    """How steps ran on the device. All are counters."""
+
+    steps: int = 0
+    graph_steps: int = 0  # replayed as a whole; the others ran kernel by kernel
+    graph_failures: int = 0  # captures that failed; those steps run kernel by kernel
+    device_s: float = 0.0  # seconds the device spent on steps
+    bubble_s: float = 0.0  # seconds it waited for a step that was submitted while the one before it ran
 
 
 class SchedulerStats(msgspec.Struct, frozen=True):
@@ -17,3 +27,4 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     prompt_tokens: int  # computed in prefill; recomputation after a preemption included
     generation_tokens: int  # sampled and kept
     step_tokens: int  # of the last step planned
+    executor: ExecutorStats = ExecutorStats()  # the engine's; the scheduler knows nothing of it

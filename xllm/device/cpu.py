@@ -1,9 +1,29 @@
 """The CPU as a device: threads and memory. Its "stream" is the executor's thread: work runs in the order it came."""
 
+import gc
+import time
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 import torch
+
+from xllm.device.table import Graph
+
+
+class ClockMark:
+    """A moment: all work before it has run by then."""
+
+    __slots__ = ("_at",)
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
+    def wait(self) -> None:
+        pass
+
+    def since(self, earlier: "ClockMark") -> float:
+        return self._at - earlier._at
 
 
 class CpuDevice:
@@ -21,12 +41,24 @@ class CpuDevice:
     def upload(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
+    def upload_into(self, target: torch.Tensor, array: np.ndarray) -> None:
+        target.copy_(torch.from_numpy(array))
+
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def mark(self) -> Callable[[], None]:
-        return _nothing_to_wait_for
+    def mark(self) -> "ClockMark":
+        return ClockMark()
 
+    def is_lost(self, error: Exception) -> bool:
+        return False
 
-def _nothing_to_wait_for() -> None:
-    pass
+    def memory(self) -> tuple[int, int]:
+        memory = psutil.virtual_memory()
+        return memory.available, memory.total
+
+    def release(self) -> None:
+        gc.collect()
+
+    def capture(self, work: Callable[[], tuple[torch.Tensor, ...]]) -> Graph:
+        raise NotImplementedError("a CPU has no graphs; only asynchronous devices do")

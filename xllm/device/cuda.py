@@ -1,9 +1,32 @@
 """An NVIDIA GPU as a device: one card, one stream, pinned copies both ways."""
 
+import gc
+import os
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import torch
+
+from xllm.device.table import Graph
+
+
+class CudaMark:
+    """An event in the current stream."""
+
+    __slots__ = ("_event",)
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def since(self, earlier: "CudaMark") -> float:
+        milliseconds: float = earlier._event.elapsed_time(self._event)
+        return milliseconds / 1e3
 
 
 class CudaDevice:
@@ -12,12 +35,17 @@ class CudaDevice:
     asynchronous = True
 
     def __init__(self) -> None:
+        # nvidia-smi counts cards in this order, and the facts are its
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
         self.torch_device = torch.device("cuda", 0)
+        self._pool: Any = None  # the memory of all graphs; made when the card is opened
 
     def prepare(self, *, threads: int) -> None:
         """`threads` is for what little runs on the host."""
         torch.set_num_threads(threads)
         torch.cuda.set_device(self.torch_device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._capturing = torch.cuda.Stream(self.torch_device)
         # float32 means float32: a checkpoint that asks for it gets exact products, not TF32
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -30,12 +58,53 @@ class CudaDevice:
         # PyTorch keeps a pinned block from reuse until the copy out of it has run
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
 
+    def upload_into(self, target: torch.Tensor, array: np.ndarray) -> None:
+        target.copy_(torch.from_numpy(array).pin_memory(), non_blocking=True)
+
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host.copy_(tensor, non_blocking=True)
         return host
 
-    def mark(self) -> Callable[[], None]:
-        event = torch.cuda.Event()
-        event.record()
-        return event.synchronize
+    def mark(self) -> "CudaMark":
+        return CudaMark()
+
+    def is_lost(self, error: Exception) -> bool:
+        # such an error stays with the context, so every later call raises it again; others, lack of memory or a broken
+        # capture, have passed
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
+    def memory(self) -> tuple[int, int]:
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        return free, total
+
+    def release(self) -> None:
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self._pool = torch.cuda.graph_pool_handle()  # a pool whose graphs have gone cannot be used again
+
+    def capture(self, work: Callable[[], tuple[torch.Tensor, ...]]) -> Graph:
+        """After a run for real, which compiles kernels and makes workspaces: neither may happen inside a capture.
+
+        All graphs draw on one pool, so their memory is that of the largest and not the sum; they run one at a time.
+        """
+        work()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self._capturing):
+            # thread-local: other threads of the process may use the card meanwhile
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = work()
+            except BaseException:
+                with suppress(RuntimeError):  # the capture is broken, as the exception on its way says
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        return Graph(graph.replay, outputs)

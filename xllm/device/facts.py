@@ -1,24 +1,39 @@
 """What the machine is, torch-free: the front end resolves its configuration before any engine process exists."""
 
+import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
-from xllm.config.facts import DeviceFacts
+from xllm.config.facts import CPU_PREFERENCES, DeviceFacts
 from xllm.core.errors import ConfigError
+from xllm.device import nvidia
 
+log = logging.getLogger(__name__)
 _CGROUP = Path("/sys/fs/cgroup")
 _SHOWN_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 
 
 def measure(name: str) -> DeviceFacts:
-    """Facts of the device called `name`; "auto" takes the best there is. Raises ConfigError for an unknown one."""
-    name = "cpu" if name == "auto" else name
+    """Facts of the device called `name`; "auto" takes the best that is proven.
+
+    Raises ConfigError for an unknown device, and for one asked for by name that cannot be used.
+    """
+    if name == "auto":
+        return _best()
     if name not in FACTS:
         raise ConfigError(f"device {name!r} is not known; known: {', '.join(FACTS)}")
     return FACTS[name]()
+
+
+def _best() -> DeviceFacts:
+    # The engine on a GPU has not been proven on a card as a whole, so nobody gets it without asking.
+    if not nvidia.missing():
+        log.warning("the CPU is used; --device cuda would use the GPU, which is not proven yet")
+    return cpu_facts()
 
 
 def cpu_facts() -> DeviceFacts:
@@ -35,7 +50,17 @@ def cpu_facts() -> DeviceFacts:
     return DeviceFacts(name="cpu", description=description, cores=cores, total_bytes=total, free_bytes=free)
 
 
-FACTS: dict[str, Callable[[], DeviceFacts]] = {"cpu": cpu_facts}
+def reference_facts() -> DeviceFacts:
+    """The CPU, made to behave as a card does: see `xllm.device.reference`."""
+    suits = replace(CPU_PREFERENCES, graphs=True, max_num_seqs=16)
+    return replace(cpu_facts(), name="reference", preferences=suits)
+
+
+FACTS: dict[str, Callable[[], DeviceFacts]] = {
+    "cpu": cpu_facts,
+    "cuda": nvidia.cuda_facts,
+    "reference": reference_facts,
+}
 
 
 def _cores() -> int:

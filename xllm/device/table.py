@@ -1,15 +1,40 @@
 """Hardware by name. A new one is one file and one line here."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from xllm.core.errors import ConfigError
 
-DEVICES = {"cpu": "xllm.device.cpu:CpuDevice", "cuda": "xllm.device.cuda:CudaDevice"}
+DEVICES = {
+    "cpu": "xllm.device.cpu:CpuDevice",
+    "cuda": "xllm.device.cuda:CudaDevice",
+    "reference": "xllm.device.reference:ReferenceDevice",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """Work that was captured once and runs again as a whole, on the same memory."""
+
+    replay: Callable[[], None]
+    outputs: tuple[torch.Tensor, ...]  # what the work returned; every replay writes it anew
+
+
+class Mark(Protocol):
+    """A place in the order of the device's work."""
+
+    def wait(self) -> None:
+        """Until everything submitted before it has run."""
+        ...
+
+    def since(self, earlier: Any) -> float:
+        """Seconds on the device from an earlier mark to this one; both have been waited for."""
+        ...
 
 
 class Device(Protocol):
@@ -27,7 +52,8 @@ class Device(Protocol):
         ...
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Memory for the KV cache; contents undefined, resident only as it is touched where the hardware allows."""
+        """Memory for the KV cache: finite numbers on a device with graphs, elsewhere undefined; resident only as it is
+        touched where the hardware allows."""
         ...
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
@@ -35,18 +61,42 @@ class Device(Protocol):
         is asynchronous; elsewhere the tensor may share its memory."""
         ...
 
+    def upload_into(self, target: torch.Tensor, array: np.ndarray) -> None:
+        """Fill memory that stays where it is, in submission order; asynchronous devices only."""
+        ...
+
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor on the host. Its numbers are there once a `mark` made after this call has been waited for."""
         ...
 
-    def mark(self) -> Callable[[], None]:
-        """A function that waits until everything submitted before this call has run."""
+    def mark(self) -> Mark: ...
+
+    def is_lost(self, error: Exception) -> bool:
+        """Whether after this error nothing more can run here."""
+        ...
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes (free, in all) as the driver sees them, other programs included. Waits for what was submitted."""
+        ...
+
+    def release(self) -> None:
+        """Give memory that nothing refers to any more back to the system."""
+        ...
+
+    def capture(self, work: Callable[[], tuple[torch.Tensor, ...]]) -> Graph:
+        """`work` as a graph; it runs at least once for real, and may allocate. Asynchronous devices only. Graphs share
+        their memory, so the outputs of one are good until another is replayed. Raises what the hardware raises."""
         ...
 
 
 def open_device(name: str) -> Device:
+    device: Device = device_class(name)()
+    return device
+
+
+def device_class(name: str) -> Any:
+    """The class of a device, whose attributes tell what is known without opening it."""
     if name not in DEVICES:
         raise ConfigError(f"device {name!r} is not known; known: {', '.join(DEVICES)}")
     module, attr = DEVICES[name].split(":")
-    device: Device = getattr(import_module(module), attr)()
-    return device
+    return getattr(import_module(module), attr)

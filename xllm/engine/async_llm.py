@@ -12,7 +12,7 @@ from typing import Any
 
 from xllm.config.decided import EngineConfig
 from xllm.config.options import EngineOptions
-from xllm.core.errors import InvalidRequest, Unavailable
+from xllm.core.errors import ConfigError, InvalidRequest, Unavailable
 from xllm.core.output import RequestOutput
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
@@ -25,10 +25,22 @@ from xllm.engine.outputs import OutputProcessor
 from xllm.engine.prompts import Prompt, PromptReader
 from xllm.engine.validate import Validator
 from xllm.text.tokenizer import Tokenizer
-from xllm.wire.messages import Abort, Heartbeat, Loading, Message, Outputs, Reply, ResetPrefixCache, Submit
+from xllm.wire.messages import (
+    Abort,
+    Heartbeat,
+    Loading,
+    Message,
+    Outputs,
+    Reply,
+    ResetPrefixCache,
+    Sleep,
+    Submit,
+    WakeUp,
+)
 
 log = logging.getLogger(__name__)
 PUMP_WAIT_S = 0.1
+ASLEEP = "the engine sleeps; POST /wake_up wakes it"
 WATCH_S = 0.5
 
 
@@ -79,6 +91,10 @@ class AsyncLLM:
 
         `on_event` gets the decisions as sentences, then loading progress. Raises ConfigError or EngineFault.
         """
+        if options.skip_tokenizer_init:
+            raise ConfigError(
+                "serving needs a tokenizer; --skip-tokenizer-init is for LLM(...) and offline use"
+            )
         report = on_event or (lambda _: None)
         config = await asyncio.to_thread(decide, options)
         for reason in config.reasons:
@@ -92,7 +108,9 @@ class AsyncLLM:
         if isinstance(tokenizer, BaseException):
             await asyncio.to_thread(client.close)
             raise tokenizer
-        return cls(options, config, client, tokenizer)
+        for reason in client.config.reasons[len(config.reasons) :]:
+            report(reason)
+        return cls(options, client.config, client, tokenizer)
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None,
@@ -168,10 +186,38 @@ class AsyncLLM:
         return True
 
     async def reset_prefix_cache(self) -> bool:
+        return bool(await self._ask(lambda id: ResetPrefixCache(call_id=id)))
+
+    async def sleep(self) -> None:
+        """Give a card's memory back; requests are turned away until `wake_up`. Raises Unavailable while any runs."""
+        if self._gate.closed_because is not None:  # asleep already, or ending
+            return
+        self._gate.closed_because = ASLEEP
+        try:
+            await self._ask(lambda id: Sleep(call_id=id))
+        except BaseException:
+            if self._gate.closed_because == ASLEEP:
+                self._gate.closed_because = None
+            raise
+
+    async def wake_up(self) -> None:
+        """Raises Unavailable where the memory is not there; the engine sleeps on then."""
+        await self._ask(lambda id: WakeUp(call_id=id))
+        if self._gate.closed_because == ASLEEP:
+            self._gate.closed_because = None
+
+    @property
+    def asleep(self) -> bool:
+        return self._gate.closed_because == ASLEEP
+
+    async def _ask(self, message: Callable[[int], Message]) -> Any:
         call_id = next(self._calls)
         reply = self._replies[call_id] = self._loop.create_future()
-        self._client.send(ResetPrefixCache(call_id=call_id))
-        return bool(await reply)
+        self._client.send(message(call_id))
+        answer: Reply = await reply
+        if answer.refused is not None:
+            raise Unavailable(answer.refused)
+        return answer.value
 
     async def shutdown(self) -> None:
         """Ends what still runs with an error, then the engine and its threads."""
@@ -209,7 +255,7 @@ class AsyncLLM:
         elif isinstance(message, Heartbeat):
             self._stats = message.stats or self._stats
         elif isinstance(message, Reply) and (future := self._replies.pop(message.call_id, None)):
-            future.set_result(message.value)
+            future.set_result(message)
 
     def _deliver(self, deltas: Iterable[RequestOutput]) -> None:
         for delta in deltas:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 
 from xllm.config.decided import EngineConfig, ModelConfig
-from xllm.config.facts import ModelFacts
+from xllm.config.facts import ModelFacts, kept_in
 from xllm.config.options import EngineOptions
 from xllm.config.resolve import resolve
 from xllm.core.errors import ConfigError
@@ -15,7 +15,8 @@ from xllm.engine.core import EngineCore
 from xllm.executor.executor import Executor
 from xllm.kv.pool import BlockPool
 from xllm.models.checkpoint import read_model_config
-from xllm.models.sizing import ITEM_BYTES, kv_bytes_per_token, weight_bytes
+from xllm.models.quantisation import read_packing
+from xllm.models.sizing import ITEM_BYTES, KV_ITEM_BYTES, kv_bytes_per_token, weight_bytes
 from xllm.models.source import locate
 from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.channel import Channel
@@ -27,14 +28,22 @@ def decide(options: EngineOptions) -> EngineConfig:
     directory = locate(options.model, options.revision)
     overrides = _overrides(options.hf_overrides)
     model = read_model_config(directory, overrides, options.load_format)
-    return resolve(options, model, _facts(model), measure(options.device))
+    return resolve(options, model, model_facts(model, options.quantization), measure(options.device))
 
 
-def _facts(model: ModelConfig) -> ModelFacts:
+def model_facts(model: ModelConfig, quantization: str | None = None) -> ModelFacts:
+    """`quantization` is what the user asks for: weights are sized in it too."""
+    packing = read_packing(model.hf)
+    schemes = {None, quantization, packing.scheme if packing else None}
     return ModelFacts(
         dtype=str(model.hf.get("dtype") or model.hf.get("torch_dtype") or "float32"),
-        weight_bytes={dtype: weight_bytes(model, dtype) for dtype in ITEM_BYTES},
-        kv_bytes_per_token={dtype: kv_bytes_per_token(model, dtype) for dtype in ITEM_BYTES},
+        weight_bytes={
+            kept_in(dtype, scheme): weight_bytes(model, dtype, scheme)
+            for dtype in ITEM_BYTES
+            for scheme in schemes
+        },
+        kv_bytes_per_token={dtype: kv_bytes_per_token(model, dtype) for dtype in KV_ITEM_BYTES},
+        quantization=packing.scheme if packing else None,
     )
 
 
@@ -52,26 +61,36 @@ def _overrides(text: str | None) -> dict[str, object] | None:
 
 def build_core(
     config: EngineConfig, inbox: Channel, on_loading: Callable[[Loading], None], startup_s: dict[str, float]
-) -> EngineCore:
-    """Everything an engine needs, ready to run. `startup_s` receives the seconds of each part."""
+) -> tuple[EngineCore, EngineConfig]:
+    """Everything an engine needs, ready to run, and the configuration with what only the engine could measure.
+
+    `startup_s` receives the seconds of each part.
+    """
     begin = time.perf_counter()
-    from xllm.executor.build import build_runner  # torch comes with it: only who runs a core pays for it
+    # torch comes with these: only who runs a core pays for it
+    from xllm.device.table import device_class
+    from xllm.executor.build import build_runner
+    from xllm.executor.runner import Runner
 
     startup_s["import"] = time.perf_counter() - begin
 
-    cache, scheduler_config = config.cache, config.scheduler
-    executor = Executor(
-        lambda: build_runner(
+    def build() -> Runner:
+        nonlocal config
+        runner, config = build_runner(
             config,
             on_loading=lambda what, done, total: on_loading(Loading(what=what, done=done, total=total)),
             startup_s=startup_s,
-        ),
-        depth=scheduler_config.depth,
-    )
+        )
+        return runner
+
+    asynchronous = device_class(config.executor.device).asynchronous
+    executor = Executor(build, depth=config.scheduler.depth, asynchronous=asynchronous)
+    cache, scheduler_config = config.cache, config.scheduler
     pool = BlockPool(cache.num_blocks, cache.block_size, cache.prefix_caching)
     scheduler = Scheduler(scheduler_config, pool)
     admission = Admission(
         scheduler, eos_ids=frozenset(config.model.eos_ids), max_model_len=scheduler_config.max_model_len,
         seed=config.executor.seed,
     )  # fmt: skip
-    return EngineCore(scheduler, executor, inbox, admission, depth=scheduler_config.depth)
+    core = EngineCore(scheduler, executor, inbox, admission, depth=scheduler_config.depth)
+    return core, config

@@ -18,7 +18,6 @@ import zmq
 from xllm.config.decided import EngineConfig
 from xllm.core.errors import EngineFault, Unavailable
 from xllm.engine.build import build_core
-from xllm.engine.core import EngineCore
 from xllm.engine.process import Launch
 from xllm.wire.channel import MemoryChannel, ZmqChannel
 from xllm.wire.messages import Fault, Heartbeat, Loading, Message, Ready, Shutdown, WireError
@@ -31,6 +30,7 @@ CONNECT_WAIT_S = 5.0
 class EngineClient(Protocol):
     """`send` belongs to one thread, `receive` to one thread."""
 
+    config: EngineConfig  # as the engine completed it
     startup_s: dict[str, float]  # start-up time of the engine by part
 
     def send(self, message: Message) -> None: ...
@@ -59,7 +59,7 @@ class InlineClient:
         self._channel, inbox = MemoryChannel.pair()
         self.startup_s: dict[str, float] = {}
         report = on_loading or (lambda _: None)
-        self._core: EngineCore = build_core(config, inbox, report, self.startup_s)
+        self._core, self.config = build_core(config, inbox, report, self.startup_s)
 
     def send(self, message: Message) -> None:
         self._channel.send(message)
@@ -99,6 +99,7 @@ class ProcessClient:
         self._last_at = time.monotonic()
         self._fault: str | None = None
         self._closed = False
+        self.config = config
         self.startup_s: dict[str, float] = {}
         self._process = subprocess.Popen([sys.executable, "-m", "xllm.engine.process"], stdin=subprocess.PIPE)
         try:
@@ -118,6 +119,7 @@ class ProcessClient:
                 on_loading(message)
             elif isinstance(message, Ready):
                 self.startup_s = dict(message.seconds)
+                self.config = message.config
                 if not self._channel.wait_connected(CONNECT_WAIT_S):
                     raise EngineFault("the engine process does not listen to us")
                 return

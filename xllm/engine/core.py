@@ -2,17 +2,31 @@
 
 import logging
 from collections import deque
-from concurrent.futures import Future
+from collections.abc import Sequence
+
+import msgspec
 
 from xllm.core.clock import Clock, monotonic
-from xllm.core.output import SequenceOutput
+from xllm.core.errors import DeviceLost
+from xllm.core.output import Finish, SequenceOutput
 from xllm.core.plan import StepPlan, StepResult
 from xllm.core.stats import SchedulerStats
 from xllm.engine.admission import Admission
-from xllm.executor.executor import Executor
+from xllm.executor.executor import Executor, Outcome
 from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.channel import Channel
-from xllm.wire.messages import Abort, Message, Outputs, Reply, ResetPrefixCache, Shutdown, Submit, SubmitMany
+from xllm.wire.messages import (
+    Abort,
+    Message,
+    Outputs,
+    Reply,
+    ResetPrefixCache,
+    Shutdown,
+    Sleep,
+    Submit,
+    SubmitMany,
+    WakeUp,
+)
 
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 1.0
@@ -39,8 +53,9 @@ class EngineCore:
         self.inbox = inbox
         self.depth = depth
         self.clock = clock
-        self.inflight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        self.inflight: deque[tuple[StepPlan, Outcome[StepResult]]] = deque()
         self.stopping = False
+        self.asleep = False  # the device's memory was given back
         self.last_stats: SchedulerStats | None = None  # as of the last turn; other threads read it
         self._admission = admission
 
@@ -51,9 +66,9 @@ class EngineCore:
 
     def turn(self, *, wait_s: float | None) -> None:
         """One round of the loop. When there is nothing to do, waits up to `wait_s` for a message."""
-        outputs = self._drain(0.0 if self.busy else wait_s)
+        outputs = self._drain(0.0 if self.busy or (not self.asleep and self.executor.improve()) else wait_s)
         outputs += self.step()
-        self.last_stats = self.scheduler.stats()
+        self.last_stats = msgspec.structs.replace(self.scheduler.stats(), executor=self.executor.stats)
         if outputs:
             self.inbox.send(Outputs(outputs=outputs, stats=self.last_stats))
 
@@ -64,6 +79,8 @@ class EngineCore:
             _, future = self.inflight.popleft()
             try:
                 result = future.result()
+            except DeviceLost:  # so is every later step; a new process may find the device well
+                raise
             except Exception as e:  # the step as a whole: its requests fail, the engine lives
                 return self._fail_all(e)
             return self.scheduler.apply(result, self.clock())
@@ -84,18 +101,49 @@ class EngineCore:
     def _handle(self, message: Message) -> list[SequenceOutput]:
         match message:
             case Submit():
-                return list(self._admission.submit(message, self.clock()))
+                return self._submit([message])
             case SubmitMany(requests=requests):
-                now = self.clock()
-                return [output for one in requests for output in self._admission.submit(one, now)]
+                return self._submit(requests)
             case Abort(request_ids=ids):
                 return [output for id in ids if (output := self.scheduler.abort(id))]
             case ResetPrefixCache(call_id=call_id):
                 self.scheduler.reset_prefix_cache()
                 self.inbox.send(Reply(call_id=call_id, value=True))
+            case Sleep(call_id=call_id):
+                self.inbox.send(Reply(call_id=call_id, refused=self._sleep()))
+            case WakeUp(call_id=call_id):
+                self.inbox.send(Reply(call_id=call_id, refused=self._wake_up()))
             case Shutdown():
                 self.stopping = True
         return []
+
+    def _submit(self, requests: Sequence[Submit]) -> list[SequenceOutput]:
+        if self.asleep:
+            return [
+                SequenceOutput(request_id=one.request_id, finish=Finish.ERROR, error="the engine sleeps")
+                for one in requests
+            ]
+        now = self.clock()
+        return [output for one in requests for output in self._admission.submit(one, now)]
+
+    def _sleep(self) -> str | None:
+        """None when done (or done before), else why not."""
+        if self.busy:
+            return f"the engine cannot sleep while {self.scheduler.num_running + self.scheduler.num_waiting} sequences run or wait"
+        if not self.asleep:
+            self.scheduler.reset_prefix_cache()  # the blocks will hold nothing
+            self.executor.sleep()
+            self.asleep = True
+        return None
+
+    def _wake_up(self) -> str | None:
+        if self.asleep:
+            try:
+                self.executor.wake_up()
+            except Exception as e:  # somebody else has the memory; it may be there later
+                return f"the engine cannot wake up: {e}"
+            self.asleep = False
+        return None
 
     def _fail_all(self, error: Exception) -> list[SequenceOutput]:
         """A step raised: no KV of it can be trusted. Later steps in flight run out and are forgotten."""

@@ -2,13 +2,14 @@
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from xllm.config.options import EngineOptions
-from xllm.core.errors import EngineFault, InvalidRequest
+from xllm.core.errors import EngineFault, InvalidRequest, Unavailable
 from xllm.core.output import RequestOutput
 from xllm.core.sampling import SamplingParams
+from xllm.core.stats import SchedulerStats
 from xllm.engine.beam import BeamSearchOutput, BeamSearchParams, beam_search
 from xllm.engine.build import decide
 from xllm.engine.checkpoint import open_tokenizer, sampling_defaults
@@ -18,7 +19,18 @@ from xllm.engine.prompts import Prompt, PromptReader, as_list
 from xllm.engine.validate import Validator
 from xllm.text.chat import ChatTemplate
 from xllm.text.tokenizer import Tokenizer
-from xllm.wire.messages import Abort, Fault, Message, Outputs, Reply, ResetPrefixCache, Submit, SubmitMany
+from xllm.wire.messages import (
+    Abort,
+    Fault,
+    Message,
+    Outputs,
+    Reply,
+    ResetPrefixCache,
+    Sleep,
+    Submit,
+    SubmitMany,
+    WakeUp,
+)
 
 RECEIVE_S = 1.0
 SUBMIT_AT_ONCE = 1024  # requests a message: the engine steps only between messages
@@ -33,9 +45,11 @@ class LLM:
 
     def __init__(self, model: str = "demo", *, separate_process: bool = False, **options: Any):
         self.options = EngineOptions(model=model, **options)
-        self.config = decide(self.options)
-        self.tokenizer: Tokenizer = open_tokenizer(self.options, self.config)
-        self._client: EngineClient = (ProcessClient if separate_process else InlineClient)(self.config)
+        decided = decide(self.options)
+        skipped = self.options.skip_tokenizer_init
+        self.tokenizer: Tokenizer | None = None if skipped else open_tokenizer(self.options, decided)
+        self._client: EngineClient = (ProcessClient if separate_process else InlineClient)(decided)
+        self.config = self._client.config
         self._defaults = sampling_defaults(self.options, self.config)
         self._outputs = OutputProcessor(self.tokenizer)
         self._prompts = PromptReader(self.tokenizer, self.config.scheduler.max_model_len - 1)
@@ -87,15 +101,14 @@ class LLM:
             Sequence[Sequence[Mapping[str, Any]]],
             [messages] if messages and isinstance(messages[0], Mapping) else messages,
         )
-        template = ChatTemplate.of(self.tokenizer)
+        tokenizer = self._need_tokenizer("chat")
+        template = ChatTemplate.of(tokenizer)
         prompts: list[Prompt] = []
         for conversation in conversations:
             text = template.render(
                 conversation, add_generation_prompt=add_generation_prompt, kwargs=chat_template_kwargs
             )
-            ids = self.tokenizer.encode(
-                text, add_special_tokens=False
-            )  # the template wrote the special tokens
+            ids = tokenizer.encode(text, add_special_tokens=False)  # the template wrote the special tokens
             prompts.append({"prompt_token_ids": ids, "prompt": text})
         return self.generate(prompts, sampling_params, use_tqdm)
 
@@ -108,17 +121,33 @@ class LLM:
         for ids in starts:
             self._validator.check(ids, SamplingParams(max_tokens=params.max_tokens))
         return beam_search(
-            self._step_beams, self.tokenizer, starts, params, eos_ids=frozenset(self.config.model.eos_ids)
+            self._step_beams,
+            self._need_tokenizer("beam search"),
+            starts,
+            params,
+            eos_ids=frozenset(self.config.model.eos_ids),
         )
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. What runs keeps its KV and finishes, but shares it with nobody new."""
-        call_id = next(self._calls)
-        self._client.send(ResetPrefixCache(call_id=call_id))
-        while True:
-            message = self._receive()
-            if isinstance(message, Reply) and message.call_id == call_id:
-                return bool(message.value)
+        return bool(self._ask(lambda id: ResetPrefixCache(call_id=id)))
+
+    def sleep(self) -> None:
+        """Give a card's memory back: weights go to the host, cached prefixes are forgotten. `wake_up` before going on."""
+        if self.config.executor.device == "cpu":
+            raise InvalidRequest("a CPU has no other memory that its weights could rest in")
+        self._ask(lambda id: Sleep(call_id=id))
+
+    def wake_up(self) -> None:
+        """Raises Unavailable where the memory is not there; the engine sleeps on then."""
+        self._ask(lambda id: WakeUp(call_id=id))
+
+    def stats(self) -> SchedulerStats:
+        """As of the engine's last step, or its last sign of life where it has a process of its own."""
+        stats = self._client.pulse()[0].stats
+        if stats is None:
+            raise EngineFault("the engine has not told anything of itself yet")
+        return stats
 
     def shutdown(self) -> None:
         self._client.close()
@@ -128,6 +157,21 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
+
+    def _ask(self, message: Callable[[int], Message]) -> Any:
+        call_id = next(self._calls)
+        self._client.send(message(call_id))
+        while True:
+            reply = self._receive()
+            if isinstance(reply, Reply) and reply.call_id == call_id:
+                if reply.refused is not None:
+                    raise Unavailable(reply.refused)
+                return reply.value
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self.tokenizer is None:
+            raise InvalidRequest(f"{what} needs a tokenizer, and this engine was started without")
+        return self.tokenizer
 
     def _params_for(
         self, batch: Sequence[Prompt], given: SamplingParams | Sequence[SamplingParams] | None

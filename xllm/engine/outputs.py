@@ -169,7 +169,10 @@ class OutputProcessor:
         """Add news to a delta; news of neither tokens nor an end wait for the next."""
         if not news.token_ids and not news.finished:
             return
-        _add_completion(delta.outputs, news)
+        if delta.outputs:
+            _add_completion(delta.outputs, news)
+        else:
+            delta.outputs.append(news)  # made for this delta and held by nobody else
         if child.index == 0:
             delta.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
             request.prompt_logprobs = None
@@ -179,7 +182,7 @@ class OutputProcessor:
             self._forget(request)
             request.metrics.finished = self._clock()
             delta.finished = True
-        delta.metrics = copy.copy(request.metrics)  # the request's own changes later
+        delta.metrics = request.metrics.snapshot()  # the request's own changes later
         delta.num_cached_tokens = request.num_cached_tokens
 
     def _end(self, delta: RequestOutput, request: _Open, finish: Finish, error: str | None) -> RequestOutput:

@@ -43,8 +43,8 @@ def main() -> None:
     channel = ZmqChannel(context, send_to=launch.send_to, receive_from=launch.receive_from, bind=False)
     try:
         startup_s: dict[str, float] = {}
-        core = build_core(launch.config, channel, channel.send, startup_s)
-        channel.send(Ready(seconds=startup_s))
+        core, config = build_core(launch.config, channel, channel.send, startup_s)
+        channel.send(Ready(config=config, seconds=startup_s))
         stop = threading.Event()
         heart = threading.Thread(
             target=_beat, args=(context, launch.send_to, core, stop), name="xllm-heart", daemon=True

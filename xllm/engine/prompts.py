@@ -25,9 +25,17 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 class PromptReader:
     """Raises InvalidRequest for anything that is not one of the forms above, or that cannot be tokenised."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer | None, max_tokens: int):
+        self._given = tokenizer
         self._max_tokens = max_tokens  # a text that surely has more is refused before any work on it
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        if self._given is None:
+            raise InvalidRequest(
+                "text needs a tokenizer, and this engine was started without", param="prompt"
+            )
+        return self._given
 
     def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """-> (the text if there was one, token ids)."""

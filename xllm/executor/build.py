@@ -11,25 +11,33 @@ from xllm.core.plan import NewSequence, StepPlan
 from xllm.core.sampling import SamplingParams
 from xllm.device.table import Device, open_device
 from xllm.executor.buffers import InputBuffers
+from xllm.executor.measure import with_measured_cache
 from xllm.executor.runner import Runner
 from xllm.executor.sampling import Sampler
 from xllm.models.forward import Model
 from xllm.models.loader import load_model
-from xllm.ops.table import load_ops
+from xllm.ops.table import Ops, load_ops
 
 OnLoading = Callable[[str, int, int], None]  # what, done, total (bytes)
+CAPTURE_S = (
+    3.0  # for graphs before the first request; the rest are captured when there is time, or on first use
+)
 
 
 def build_runner(
     config: EngineConfig, *, on_loading: OnLoading | None = None, startup_s: dict[str, float] | None = None
-) -> Runner:
-    """`startup_s` receives the seconds of each part. Raises ConfigError for a checkpoint that does not fit its config."""
+) -> tuple[Runner, EngineConfig]:
+    """The runner, and the configuration with its KV cache sized where that was left to us.
+
+    `startup_s` receives the seconds of each part. Raises ConfigError for a checkpoint that does not fit its config.
+    """
     parts = {} if startup_s is None else startup_s
-    device = open_device(config.executor.device)
-    device.prepare(threads=config.executor.threads)
+    with _timed(parts, "device"):
+        device = open_device(config.executor.device)
+        device.prepare(threads=config.executor.threads)
     dtype: torch.dtype = getattr(torch, config.executor.dtype)
     with _timed(parts, "kernels"):
-        ops = load_ops(config.executor.device, dtype)
+        ops = load_ops(config.executor.device, dtype, config.executor.quantization)
     with _timed(parts, "weights"):
         model = load_model(
             config.model,
@@ -39,30 +47,40 @@ def build_runner(
             seed=config.executor.seed,
             progress=on_loading,
         )
+        device.release()  # what loading needed beside the weights
+    if config.cache.num_blocks == 0:
+        with _timed(parts, "measure"):
+            config = with_measured_cache(config, device, lambda trial: assemble(trial, model, device, ops))
     with _timed(parts, "memory"):
-        runner = assemble(config, model, device, dtype)
+        runner = assemble(config, model, device, ops)
     with _timed(parts, "warm-up"):
         _warm_up(runner)
-    return runner
+    if config.executor.graph_sizes:
+        with _timed(parts, "graphs"):
+            runner.improve_for(CAPTURE_S)
+    return runner, config
 
 
-def assemble(config: EngineConfig, model: Model, device: Device, dtype: torch.dtype) -> Runner:
+def assemble(config: EngineConfig, model: Model, device: Device, ops: Ops) -> Runner:
     """Memory around a model: KV cache, input buffers, sampler state."""
     m, cache, scheduler = config.model, config.cache, config.scheduler
+    spare = int(device.asynchronous)  # a slot and a block for rows that only fill a graph
     kv_cache = device.empty(
-        (cache.num_blocks, m.num_layers, 2, cache.block_size, m.num_kv_heads, m.head_dim), dtype
+        (cache.num_blocks + spare, m.num_layers, 2, cache.block_size, m.num_kv_heads, m.head_dim),
+        getattr(torch, cache.kv_dtype),
     )
     buffers = InputBuffers(
         max_num_seqs=scheduler.max_num_seqs, max_model_len=scheduler.max_model_len,
-        block_size=cache.block_size, device=device.torch_device,
+        block_size=cache.block_size, device=device, ops=ops, spare_block=cache.num_blocks,
     )  # fmt: skip
     sampler = Sampler(
-        max_num_seqs=scheduler.max_num_seqs,
+        max_num_seqs=scheduler.max_num_seqs + spare,
         vocab_size=m.vocab_size,
         tokens=buffers.tokens,
-        device=device.torch_device,
+        device=device,
+        ops=ops,
     )
-    return Runner(model, kv_cache, buffers, sampler)
+    return Runner(model, kv_cache, buffers, sampler, device, graph_sizes=config.executor.graph_sizes)
 
 
 def _warm_up(runner: Runner) -> None:

@@ -1,29 +1,56 @@
-"""The device's thread: plans go in, futures of results come out, in the order they went in."""
+"""Where steps run: plans go in, results come out, in the order they went in."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from xllm.core.plan import StepPlan, StepResult
+from xllm.core.stats import ExecutorStats
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 class RunsPlans(Protocol):
     progress: int  # grows as long as the device advances, also inside a long step
 
+    @property
+    def stats(self) -> ExecutorStats: ...
+
     def run(self, plan: StepPlan) -> StepResult: ...
+
+    def launch(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Submits a step; what it returns waits for the result."""
+        ...
+
+    def improve(self) -> bool:
+        """Spare-time work that makes later steps faster; False when there is none."""
+        ...
+
+    def sleep(self) -> None: ...
+
+    def wake_up(self) -> None: ...
+
+
+class Outcome(Protocol[T_co]):
+    """What a Future is to who waits for it."""
+
+    def result(self) -> T_co: ...
+
+    def exception(self) -> BaseException | None: ...
 
 
 class Executor:
-    """All work on the device happens in one thread of its own, so that the loop can plan while a step runs.
+    """All work on the device happens in one thread, so that the loop can plan while a step runs.
 
-    `build` runs in that thread too (threads, streams and contexts belong to who uses them). With depth 1 nothing
-    would overlap: the caller's thread does the work itself and saves two thread hops.
+    On a synchronous device that is a thread of its own. With depth 1 nothing would overlap, and an asynchronous device
+    overlaps by itself: there the caller's thread does the work and saves two thread hops. `build` runs in the same
+    thread (threads, streams and contexts belong to who uses them).
     """
 
-    def __init__(self, build: Callable[[], RunsPlans], *, depth: int):
-        self._inline = depth == 1
+    def __init__(self, build: Callable[[], RunsPlans], *, depth: int, asynchronous: bool = False):
+        self._inline = depth == 1 or asynchronous
+        self._asynchronous = asynchronous
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-executor")
         self._runner = self._call(build).result()
 
@@ -31,8 +58,31 @@ class Executor:
     def progress(self) -> int:
         return self._runner.progress
 
-    def submit(self, plan: StepPlan) -> "Future[StepResult]":
-        return self._call(lambda: self._runner.run(plan))
+    def submit(self, plan: StepPlan) -> Outcome[StepResult]:
+        if not self._asynchronous:
+            return self._call(lambda: self._runner.run(plan))
+        try:
+            return _Launched(self._runner.launch(plan))
+        except Exception as e:
+            failed: Future[StepResult] = Future()
+            failed.set_exception(e)
+            return failed
+
+    @property
+    def stats(self) -> ExecutorStats:
+        return self._runner.stats
+
+    def improve(self) -> bool:
+        """To be called when no step is in flight; False when there was nothing to do."""
+        return self._inline and self._runner.improve()
+
+    def sleep(self) -> None:
+        """Give the device's memory back; nothing may run until `wake_up`."""
+        self._call(self._runner.sleep).result()
+
+    def wake_up(self) -> None:
+        """Raises what the device raises where the memory is not there; then it still sleeps."""
+        self._call(self._runner.wake_up).result()
 
     def close(self) -> None:
         """Waits for steps in flight."""
@@ -47,3 +97,20 @@ class Executor:
         except Exception as e:
             future.set_exception(e)
         return future
+
+
+class _Launched:
+    """A step that runs on the device."""
+
+    def __init__(self, finish: Callable[[], StepResult]):
+        self._finish = finish
+
+    def result(self) -> StepResult:
+        return self._finish()
+
+    def exception(self) -> BaseException | None:
+        try:
+            self._finish()
+        except Exception as e:
+            return e
+        return None

@@ -1,104 +1,243 @@
 """One step on the device: plan -> Forward -> hidden states -> logits -> sampled tokens -> StepResult."""
 
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
-import msgspec
 import numpy as np
 import torch
 
-from xllm.core.plan import StepPlan, StepResult, TokenLogprobs
+from xllm.core.errors import DeviceLost
+from xllm.core.plan import StepPlan, StepResult
+from xllm.core.stats import ExecutorStats
+from xllm.device.table import Device, Mark
 from xllm.executor.buffers import InputBuffers
-from xllm.executor.sampling import Sampler
-from xllm.models.forward import Model
+from xllm.executor.chunk_graphs import ChunkGraphs
+from xllm.executor.decode_graphs import DecodeGraphs
+from xllm.executor.graphs import GraphTable
+from xllm.executor.prompt_scores import Pending, PromptScores
+from xllm.executor.sampling import Fetched, Sampled, Sampler
+from xllm.executor.sleep import Sleeper
+from xllm.models.forward import Forward, Model
 
-PROMPT_LOGITS_ROWS = 64  # prompt logprobs are computed in slices: 64 rows of a 150k vocabulary are 40 MB
+log = logging.getLogger(__name__)
+
+Finish = Callable[[], StepResult]
 
 
 class Runner:
-    """Runs plans strictly in the order they were made. Belongs to one thread."""
+    """Runs plans strictly in the order they were made. Belongs to one thread.
 
-    def __init__(self, model: Model, kv_cache: torch.Tensor, buffers: InputBuffers, sampler: Sampler):
+    `launch` submits a step and returns what waits for its result; on a synchronous device the step has run by then.
+    """
+
+    def __init__(
+        self, model: Model, kv_cache: torch.Tensor, buffers: InputBuffers, sampler: Sampler, device: Device,
+        *, graph_sizes: Sequence[int] = (),
+    ):  # fmt: skip
         self._model = model
         self._kv_cache = kv_cache
         self._buffers = buffers
         self._sampler = sampler
-        # slot -> (prompt length, how many candidates) of sequences that want prompt logprobs
-        self._prompt_logprobs: dict[int, tuple[int, int]] = {}
-        self.progress = 0  # layers computed since start: what health looks at
+        self._device = device
+        self._table = GraphTable(device)
+        self.graphs = DecodeGraphs(
+            self._table, self._decode, sizes=graph_sizes, spare_slot=buffers.spare_slot
+        )
+        self._chunks = ChunkGraphs(self._table, self._sample, buffers, kv_cache, enabled=bool(graph_sizes))
+        self._prompts = PromptScores(sampler, model.logits, buffers.tokens)
+        self._sleeper: Sleeper | None = None
+        self._last: Mark | None = None  # the end of the last step submitted
+        self._in_flight = 0
+        self._steps = 0
+        self._device_s = self._bubble_s = 0.0
+        self.progress = 0  # layers submitted and steps finished since start: what health looks at
         model.on_layer = self._advance
 
     def _advance(self) -> None:
         self.progress += 1
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        begin = time.perf_counter()
-        self._admit(plan)
-        ends = np.cumsum(plan.counts)
-        sampling = [i for i, wanted in enumerate(plan.samples) if wanted]
-        prompt_rows = list(self._prompt_rows(plan, ends)) if self._prompt_logprobs else []
-        rows = np.concatenate(
-            [ends[sampling] - 1, *(np.arange(first, last) for _, first, last in prompt_rows)]
-        )
-        fwd = self._buffers.forward(plan, self._kv_cache, rows.astype(np.int64))
-        hidden = self._model.forward(fwd)
-        result = self._sample(plan, sampling, hidden[: len(sampling)])
-        prompt_logprobs = (
-            self._score_prompts(plan, prompt_rows, hidden[len(sampling) :]) if prompt_rows else {}
-        )
-        seconds = time.perf_counter() - begin
-        return msgspec.structs.replace(result, prompt_logprobs=prompt_logprobs, seconds=seconds)
+        return self.launch(plan)()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Finish:
+        with self._watched():
+            begin = self._device.mark()
+            self._admit(plan)
+            finish = self._replay_decode(plan) or self._replay_chunks(plan) or self._eager(plan)
+            end = self._device.mark()
+        self._steps += 1
+        before, self._last = self._last, end
+        self._in_flight += 1
+        follows = before if self._in_flight > 1 else None  # else the device may have waited for a request
+
+        def result() -> StepResult:
+            with self._watched():
+                end.wait()
+                self.progress += 1
+                self._in_flight -= 1
+                seconds = end.since(begin)
+                self._device_s += seconds
+                if follows is not None:
+                    self._bubble_s += begin.since(follows)
+                return finish(seconds)
+
+        return result
+
+    @property
+    def stats(self) -> ExecutorStats:
+        table = self._table
+        return ExecutorStats(self._steps, table.replays, table.failures, self._device_s, self._bubble_s)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Tells an error of the device, after which nothing can run, from that of a step."""
+        try:
+            yield
+        except Exception as e:
+            if self._device.is_lost(e):
+                raise DeviceLost(f"the device failed: {str(e).partition(chr(10))[0]}") from e
+            raise
+
+    @torch.inference_mode()
+    def improve(self) -> bool:
+        """Something that makes later steps faster, while there is nothing else to do; False when nothing is left."""
+        return self.graphs.capture_one() or self._chunks.capture_one()
+
+    def improve_for(self, seconds: float) -> None:
+        """The same until the time is over or nothing is left."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.improve():
+            pass
+
+    @torch.inference_mode()
+    def sleep(self) -> None:
+        """Weights to the host, the KV cache nowhere, and the memory of both back to the system."""
+        self._table.forget()
+        self._sleeper = Sleeper(self._model.tensors(), [self._kv_cache])
+        given = self._sleeper.sleep()
+        self._device.release()
+        log.info("asleep: %.2f GiB given back", given / 2**30)
+
+    @torch.inference_mode()
+    def wake_up(self) -> None:
+        assert self._sleeper is not None, "only who sleeps can wake up"
+        self._sleeper.wake()
+
+    def close(self) -> None:
+        """Let go of the model, so that what was built around it can be freed."""
+        self._table.forget()
+        self._model.on_layer = None
 
     def _admit(self, plan: StepPlan) -> None:
         self._buffers.admit(plan)
         for seq in plan.new:
             self._sampler.admit(seq)
-            self._prompt_logprobs.pop(seq.slot, None)
-            if seq.params.prompt_logprobs is not None:
-                self._prompt_logprobs[seq.slot] = (seq.prompt_len, seq.params.prompt_logprobs)
+            self._prompts.admit(seq)
+        self._sampler.upload()
 
-    def _sample(self, plan: StepPlan, sampling: list[int], hidden: torch.Tensor) -> StepResult:
-        tokens: list[Sequence[int]] = [()] * len(plan.slots)
-        if not sampling:
-            return StepResult(step=plan.step, tokens=tokens)
+    # a decode step as one graph
+
+    def _replay_decode(self, plan: StepPlan) -> "Callable[[float], StepResult] | None":
+        """None where the step is not a pure decode, or there is no graph for it."""
+        if not self.graphs.largest or max(plan.counts) > 1 or not all(plan.samples):
+            return None
+        positions = [start + 1 for start in plan.starts]
+        plain = self._sampler.is_plain(plan.slots, positions)
+        outputs = self.graphs.run(plan.slots, plan.starts, plain)
+        if outputs is None:
+            return None
+        count = len(plan.slots)
+        if plain:
+            token_ids, usable = outputs
+            sampled = Sampled(token_ids[:count], usable[:count], [])
+        else:
+            sampled = self._sample_logits(outputs[0][:count], plan.slots, positions)
+        return self._finish(plan, range(count), sampled.fetch(self._device))
+
+    def _decode(
+        self, slots_B: torch.Tensor, positions_B: torch.Tensor, sample: bool
+    ) -> tuple[torch.Tensor, ...]:
+        """What a graph captures: logits, or tokens (fed back already) and whether they are usable."""
+        fwd = self._buffers.decode_forward(slots_B, positions_B, self._kv_cache)
+        if not sample:
+            return (self._model.logits(self._model.forward(fwd)),)
+        return self._sample(fwd, slots_B, positions_B + 1)
+
+    def _sample(
+        self, fwd: Forward, slots_R: torch.Tensor, positions_R: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        """One token for each of the rows wanted, fed back already, and whether it is usable; on the device alone."""
+        logits = self._model.logits(self._model.forward(fwd))
+        return self._sampler.sample_plain(logits, slots_R, positions_R, self._buffers.tokens)
+
+    # a few short prompts as one graph
+
+    def _replay_chunks(self, plan: StepPlan) -> "Callable[[float], StepResult] | None":
+        """None where the step is too large, or needs more than tokens."""
+        sampling = [i for i, wanted in enumerate(plan.samples) if wanted]
         slots = [plan.slots[i] for i in sampling]
         positions = [plan.starts[i] + plan.counts[i] for i in sampling]
-        sampled = self._sampler.sample(self._model.logits(hidden), slots, positions)
-        self._buffers.feed_back(slots, positions, sampled.token_ids)
-        for i, token in zip(sampling, sampled.token_ids.tolist(), strict=True):
-            tokens[i] = (token,)
-        return StepResult(
-            step=plan.step,
-            tokens=tokens,
-            logprobs={sampling[row]: entry for row, entry in sampled.host_logprobs().items()},
-            errors={sampling[row]: why for row, why in sampled.errors.items()},
+        if self._prompts.any_in(plan.slots):
+            return None
+        if not self._sampler.is_plain(slots, positions):
+            return None
+        outputs = self._chunks.run(plan)
+        if outputs is None:
+            return None
+        token_ids, usable = (output[: len(sampling)] for output in outputs)
+        fetched = Sampled(token_ids, usable, []).fetch(self._device) if sampling else None
+        return self._finish(plan, sampling, fetched)
+
+    # any other step
+
+    def _eager(self, plan: StepPlan) -> "Callable[[float], StepResult]":
+        ends = np.cumsum(plan.counts)
+        sampling = [i for i, wanted in enumerate(plan.samples) if wanted]
+        prompt_rows = self._prompts.rows(plan, ends)
+        rows = np.concatenate(
+            [ends[sampling] - 1, *(np.arange(first, last) for _, first, last in prompt_rows)]
         )
+        fwd = self._buffers.forward(plan, self._kv_cache, rows.astype(np.int64))
+        hidden = self._model.forward(fwd)
+        fetched = None
+        if sampling:
+            slots = [plan.slots[i] for i in sampling]
+            positions = [plan.starts[i] + plan.counts[i] for i in sampling]
+            logits = self._model.logits(hidden[: len(sampling)])
+            fetched = self._sample_logits(logits, slots, positions).fetch(self._device)
+        scored = self._prompts.score(plan, prompt_rows, hidden[len(sampling) :])
+        return self._finish(plan, sampling, fetched, scored)
 
-    def _prompt_rows(self, plan: StepPlan, ends: np.ndarray) -> Iterator[tuple[int, int, int]]:
-        """(plan index, first row, last row) of the tokens that predict a prompt token somebody wants scored."""
-        for i, slot in enumerate(plan.slots):
-            wanted = self._prompt_logprobs.get(slot)
-            if wanted is None:
-                continue
-            count = min(plan.counts[i], wanted[0] - 1 - plan.starts[i])
-            if count > 0:
-                first = int(ends[i]) - plan.counts[i]
-                yield i, first, first + count
+    def _sample_logits(self, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]) -> Sampled:
+        sampled = self._sampler.sample(logits, slots, positions)
+        self._buffers.feed_back(slots, positions, sampled.token_ids)
+        return sampled
 
-    def _score_prompts(
-        self, plan: StepPlan, prompt_rows: list[tuple[int, int, int]], hidden: torch.Tensor
-    ) -> dict[int, Sequence[TokenLogprobs]]:
-        scored: dict[int, Sequence[TokenLogprobs]] = {}
-        done = 0
-        for i, first, last in prompt_rows:
-            slot, start, k = plan.slots[i], plan.starts[i], self._prompt_logprobs[plan.slots[i]][1]
-            targets = self._buffers.tokens[slot, start + 1 : start + 1 + last - first]
-            entries: list[TokenLogprobs] = []
-            for low in range(0, last - first, PROMPT_LOGITS_ROWS):
-                high = min(low + PROMPT_LOGITS_ROWS, last - first)
-                logits = self._model.logits(hidden[done + low : done + high])
-                entries += self._sampler.prompt_logprobs(logits, targets[low:high], k)
-            scored[i] = entries
-            done += last - first
-        return scored
+    def _finish(
+        self, plan: StepPlan, sampling: Sequence[int], fetched: Fetched | None,
+        scored: Pending | None = None,
+    ) -> "Callable[[float], StepResult]":  # fmt: skip
+        """Makes the result of what was fetched; to be called when the device has been waited for."""
+
+        def finish(seconds: float) -> StepResult:
+            tokens: list[Sequence[int]] = [()] * len(plan.slots)
+            prompt_logprobs = scored() if scored is not None else {}
+            if fetched is None:
+                return StepResult(
+                    step=plan.step, tokens=tokens, prompt_logprobs=prompt_logprobs, seconds=seconds
+                )
+            for i, token in zip(sampling, fetched.tokens(), strict=True):
+                tokens[i] = (token,)
+            return StepResult(
+                step=plan.step,
+                tokens=tokens,
+                logprobs={sampling[row]: entry for row, entry in fetched.logprobs().items()},
+                prompt_logprobs=prompt_logprobs,
+                errors={sampling[row]: why for row, why in fetched.errors().items()},
+                seconds=seconds,
+            )
+
+        return finish

@@ -10,12 +10,12 @@ from typing import Any
 
 from xllm.config.decided import ModelConfig
 from xllm.core.errors import ConfigError
+from xllm.models.quantisation import read_packing
 from xllm.models.rope import max_position, read_rope
 from xllm.models.table import find_family
 
 # field -> values under which it changes nothing
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "query_pre_attn_scalar": (None,),
@@ -50,6 +50,7 @@ def read_model_config(
     architecture = _architecture(full)
     find_family(architecture)
     _refuse_unimplemented(architecture, full, hf)
+    read_packing(hf)
     try:
         config = _decide(directory, architecture, hf, load_format)
     except KeyError as missing:
@@ -101,10 +102,6 @@ def _architecture(full: Mapping[str, Any]) -> str:
 
 
 def _refuse_unimplemented(architecture: str, *configs: Mapping[str, Any]) -> None:
-    if any(config.get("quantization_config") for config in configs):
-        raise ConfigError(
-            "the checkpoint is quantised (quantization_config); only float checkpoints can be loaded so far"
-        )
     for config in configs:
         for name, neutral in NEUTRAL.items():
             if config.get(name) not in neutral:
@@ -115,7 +112,8 @@ def _refuse_unimplemented(architecture: str, *configs: Mapping[str, Any]) -> Non
 
 def _inherited(full: Mapping[str, Any]) -> dict[str, Any]:
     """Fields that multimodal configs keep beside `text_config` though they speak of the text model."""
-    return {name: full[name] for name in ("tie_word_embeddings", "eos_token_id") if name in full}
+    names = ("tie_word_embeddings", "eos_token_id", "quantization_config")
+    return {name: full[name] for name in names if name in full}
 
 
 def _eos_ids(directory: Path, hf: Mapping[str, Any]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What a model is given in one step, and what it must offer the executor."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -31,5 +31,9 @@ class Model(Protocol):
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, hidden] -> [R, vocab] float32."""
+        """[R, hidden] -> [R, vocab] in the dtype of the device's activations."""
+        ...
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All parameters, in whatever form the device keeps them; one may come several times."""
         ...

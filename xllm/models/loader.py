@@ -1,8 +1,13 @@
-"""Filling a model's parameters: from safetensors, sharded or not, or with random numbers."""
+"""Filling a model's parameters: from safetensors, sharded or not, or with random numbers.
+
+Where the operators keep weights quantised, those of a float checkpoint are quantised as they come in, some rows at a
+time; a quantised checkpoint's go in as they are.
+"""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,9 @@ from safetensors import SafetensorError, safe_open
 from xllm.config.decided import ModelConfig
 from xllm.core.errors import ConfigError
 from xllm.models.forward import Model
-from xllm.models.spec import Parameter
+from xllm.models.packed import Part, parts_of, read_rows
+from xllm.models.quantisation import Packing, is_quantised, read_packing
+from xllm.models.spec import Parameter, Source
 from xllm.models.table import find_family
 from xllm.ops.table import Ops
 
@@ -24,6 +31,7 @@ UNUSED = (
     "rotary_emb.cos_cached",
     "rotary_emb.sin_cached",
 )  # old checkpoints store them
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DUMMY_POOL = 8_388_593  # a prime: rows of no matrix repeat in step with it
 
 
@@ -36,35 +44,72 @@ def load_model(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Model:
-    """The model with every parameter filled; weights in `dtype`, in the layout `ops` multiplies fastest.
+    """The model with every parameter filled; weights in `dtype` or quantised, in the layout `ops` multiplies fastest.
 
     `load_format` "dummy" draws them from `seed`: weights and biases normal with deviation 0.02, norms 1. Otherwise
     they come from the directory's safetensors files. Raises ConfigError naming the tensors when the checkpoint
-    lacks one, has one of another shape, or has one that the model does not know.
+    lacks one, has one of another shape, or has one that the model does not know, and for a quantised checkpoint that
+    `ops` were not loaded for.
     """
     family = find_family(config.architecture)
     parameters = family.parameters(config)
+    packing = read_packing(config.hf)
+    scheme = None if ops.quantised is None else ops.quantised.scheme
+    if packing is not None and packing.scheme != scheme:
+        raise ConfigError(
+            f"the checkpoint is quantised ({packing.scheme}) and cannot be loaded as {scheme or 'floats'}"
+        )
     with torch.inference_mode(), torch.device(device):
-        storage = {p.name: _allocate(p, dtype, ops) for p in parameters}
+        storage = {p.name: _allocate(p, dtype, ops, packing) for p in parameters}
         if config.load_format == "dummy":
             _fill_dummy(parameters, storage, dtype, ops, seed, progress)
         else:
-            _fill_from_files(Path(config.directory), parameters, storage, ops, progress)
+            _fill_from_files(Path(config.directory), parameters, storage, ops, packing, progress)
         return family.build(config, storage, ops)
 
 
-def _allocate(parameter: Parameter, dtype: torch.dtype, ops: Ops) -> Any:
-    if parameter.kind == "weight":
-        rows, columns = parameter.shape
+def _allocate(parameter: Parameter, dtype: torch.dtype, ops: Ops, packing: Packing | None) -> Any:
+    if parameter.kind != "weight":
+        return torch.empty(parameter.shape, dtype=ops.activation_dtype)
+    rows, columns = parameter.shape
+    if ops.quantised is None or not is_quantised(parameter):
         return ops.new_weight(rows, columns, dtype)
-    return torch.empty(parameter.shape, dtype=ops.activation_dtype)
+    return ops.quantised.new_weight(rows, columns, (packing.group or columns) if packing else None)
 
 
-def _store(parameter: Parameter, into: Any, first_row: int, rows: torch.Tensor, ops: Ops) -> None:
-    if parameter.kind == "weight":
-        ops.store_rows(into, first_row, rows)
-    else:
+def _store(parameter: Parameter, into: Any, first_row: int, rows: Any, ops: Ops) -> None:
+    """rows: floats, or for a quantised parameter also ready rows (`ops.quantised.Rows`)."""
+    if parameter.kind != "weight":
         into[first_row : first_row + rows.shape[0]] = rows
+    elif ops.quantised is not None and is_quantised(parameter):
+        ops.quantised.store_rows(into, first_row, rows)
+    else:
+        ops.store_rows(into, first_row, rows)
+
+
+@dataclass(slots=True)
+class _Target:
+    """Where a source's rows go, and the checkpoint tensors they are made of: one, or several of a packed matrix."""
+
+    parameter: Parameter
+    first_row: int
+    source: Source
+    parts: Mapping[str, Part]  # by tensor name
+    arrived: dict[str, torch.Tensor] = field(default_factory=dict)
+    missing: int = 0  # tensors of the checkpoint that have not arrived
+
+
+def _targets(parameters: Sequence[Parameter], packing: Packing | None) -> dict[str, _Target]:
+    """Tensor name -> the target it is part of."""
+    targets: dict[str, _Target] = {}
+    for parameter in parameters:
+        for row, source in _rows(parameter):
+            if packing is not None and is_quantised(parameter):
+                parts = parts_of(source, packing)
+            else:
+                parts = {source.tensor: Part((source.shape,), FLOATS)}
+            targets |= dict.fromkeys(parts, _Target(parameter, row, source, parts))
+    return targets
 
 
 def _fill_from_files(
@@ -72,12 +117,15 @@ def _fill_from_files(
     parameters: Sequence[Parameter],
     storage: dict[str, Any],
     ops: Ops,
+    packing: Packing | None,
     progress: Progress | None,
 ) -> None:
-    targets = {source.tensor: (p, row, source.shape) for p in parameters for row, source in _rows(p)}
+    targets = _targets(parameters, packing)
     where = _tensor_files(directory)
-    _check_complete(directory, targets.keys(), where.keys())
+    _check_complete(directory, targets, where.keys())
     wanted = sorted((file, tensor) for tensor, file in where.items() if tensor in targets)
+    for _, tensor in wanted:
+        targets[tensor].missing += 1
     total = sum((directory / file).stat().st_size for file in {file for file, _ in wanted})
     done = 0
     with ExitStack() as open_files:
@@ -85,24 +133,42 @@ def _fill_from_files(
             file: open_files.enter_context(_open(directory / file)) for file in {file for file, _ in wanted}
         }
         for file, tensor in wanted:
-            parameter, first_row, shape = targets[tensor]
-            rows = files[file].get_tensor(
-                tensor
-            )  # a view of the mapped file: pages come in as they are copied
-            if tuple(rows.shape) != shape:
-                raise ConfigError(
-                    f"{tensor} in {file} has shape {tuple(rows.shape)}, the config asks for {shape}"
-                )
-            if not rows.is_floating_point():
-                raise ConfigError(
-                    f"{tensor} in {file} holds {rows.dtype}; only float checkpoints can be loaded so far"
-                )
-            _store(parameter, storage[parameter.name], first_row, rows, ops)
-            done += rows.numel() * rows.element_size()
+            target = targets[tensor]
+            # a view of the mapped file: pages come in as they are copied
+            found = files[file].get_tensor(tensor)
+            _check_tensor(tensor, file, found, target.parts[tensor])
+            target.arrived[tensor] = found
+            target.missing -= 1
+            if target.missing == 0:
+                _store_target(target, storage[target.parameter.name], ops, packing)
+            done += found.numel() * found.element_size()
             if progress is not None:
                 progress(file, done, max(total, done))
     if progress is not None:
         progress("weights", total, total)
+
+
+def _check_tensor(tensor: str, file: str, found: torch.Tensor, part: Part) -> None:
+    if tuple(found.shape) not in part.shapes:
+        raise ConfigError(
+            f"{tensor} in {file} has shape {tuple(found.shape)}, the config asks for "
+            + " or ".join(map(str, part.shapes))
+        )
+    if found.dtype not in part.dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in part.dtypes)
+        raise ConfigError(f"{tensor} in {file} holds {found.dtype}, not one of {expected}")
+
+
+def _store_target(target: _Target, into: Any, ops: Ops, packing: Packing | None) -> None:
+    """Called once all of its tensors are there; lets go of them."""
+    source, tensors = target.source, target.arrived
+    rows: Any
+    if packing is not None and is_quantised(target.parameter):
+        rows = read_rows(source, tensors, packing, into.numbers.device)
+    else:
+        rows = tensors[source.tensor]
+    _store(target.parameter, into, target.first_row, rows, ops)
+    target.arrived = {}
 
 
 def _rows(parameter: Parameter) -> Iterator[tuple[int, Any]]:
@@ -143,11 +209,12 @@ def _open(path: Path) -> Any:
         raise ConfigError(f"{path} cannot be read as safetensors: {error}") from None
 
 
-def _check_complete(directory: Path, wanted: Any, found: Any) -> None:
+def _check_complete(directory: Path, targets: Mapping[str, _Target], found: Any) -> None:
+    wanted = {tensor for tensor, target in targets.items() if not target.parts[tensor].optional}
     if missing := sorted(wanted - found):
         raise ConfigError(f"the checkpoint in {directory} lacks {len(missing)} tensors: {_some(missing)}")
     # with tied embeddings some checkpoints store the output projection all the same
-    unknown = sorted(t for t in found - wanted if not t.endswith(UNUSED) and t != "lm_head.weight")
+    unknown = sorted(t for t in found - targets.keys() if not t.endswith(UNUSED) and t != "lm_head.weight")
     if unknown:
         raise ConfigError(
             f"the checkpoint in {directory} has {len(unknown)} tensors the model has no place for: {_some(unknown)}"
@@ -171,7 +238,8 @@ def _fill_dummy(
     total, done = sum(p.numel for p in parameters) * dtype.itemsize, 0
     longest_row = max(p.shape[-1] for p in parameters)
     size = max(min(DUMMY_POOL, max(p.numel for p in parameters)), longest_row)
-    pool = torch.empty(size).normal_(0.0, 0.02, generator=generator).to(dtype)
+    pool = torch.empty(size, device="cpu").normal_(0.0, 0.02, generator=generator).to(dtype)
+    pool = pool.to(torch.get_default_device())  # drawn on the host, so that a seed means the same everywhere
     for parameter in parameters:
         if parameter.name.endswith("norm"):
             storage[parameter.name].fill_(1.0)
@@ -190,7 +258,7 @@ def _draw(
     width = shape[1] if len(shape) == 2 else 1
     first = 0
     while first < shape[0]:
-        start = int(torch.randint(0, pool.numel() - width + 1, (), generator=generator))
+        start = int(torch.randint(0, pool.numel() - width + 1, (), generator=generator, device="cpu"))
         rows = min((pool.numel() - start) // width, shape[0] - first)
         run = pool[start : start + rows * width]
         yield first, run.view(rows, width) if len(shape) == 2 else run

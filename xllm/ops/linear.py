@@ -15,6 +15,14 @@ import torch.nn.functional as F
 Weight = Any  # what `new_weight` of a device returns
 
 
+def tensors_of(weight: Weight) -> list[torch.Tensor]:
+    """The memory a weight consists of, whatever its layout."""
+    if isinstance(weight, torch.Tensor):
+        return [weight]
+    parts = (getattr(weight, name) for name in type(weight).__slots__)
+    return [part for part in parts if isinstance(part, torch.Tensor)]
+
+
 def new_weight(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """An unfilled weight of `rows` = N by `columns` = K."""
     return torch.empty(rows, columns, dtype=dtype)

@@ -6,13 +6,15 @@ A new fast operator is one file and one line here; the parity test over this tab
 import importlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from xllm.core.errors import ConfigError
 from xllm.ops.linear import Weight
+from xllm.ops.quantised import store_rows
+from xllm.ops.schemes import SCHEMES
 
 TABLE: dict[str, dict[str, str]] = {
     "reference": {
@@ -25,6 +27,7 @@ TABLE: dict[str, dict[str, str]] = {
         "rope_and_cache": "xllm.ops.rotary:rope_and_cache",
         "attention": "xllm.ops.attention:attention",
         "silu_and_mul": "xllm.ops.activation:silu_and_mul",
+        "decode_inputs": "xllm.ops.inputs:decode_inputs",
     },
     "cpu": {
         "new_weight": "xllm.ops.cpu.linear:new_weight",
@@ -44,6 +47,7 @@ TABLE: dict[str, dict[str, str]] = {
         "rope_and_cache": "xllm.ops.cuda.rotary:rope_and_cache",
         "attention": "xllm.ops.cuda.attention:attention",
         "silu_and_mul": "xllm.ops.cuda.activation:silu_and_mul",
+        "decode_inputs": "xllm.ops.cuda.inputs:decode_inputs",
     },
 }
 
@@ -67,6 +71,39 @@ FEW: dict[str, dict[str, str]] = {
         "rope_cache_attention": "xllm.ops.cuda.few_attention:rope_cache_attention",
     },
 }
+
+# Choosing tokens on the device alone. Not on a CPU: there each kind of request has its own way, which is faster.
+SAMPLE = {"reference": "xllm.ops.sampling:sample", "cuda": "xllm.ops.cuda.sampling:sample"}
+
+# Products with quantised weights, by scheme of `ops.schemes`. Where a device has none, such weights are refused: the
+# reference dequantises all of a weight at every call.
+QUANTISED: dict[str, dict[str, str]] = {
+    "reference": {
+        "fp8": "xllm.ops.quantised:fp8_linear",
+        "int8": "xllm.ops.quantised:weight_only_linear",
+        "int4": "xllm.ops.quantised:weight_only_linear",
+        "awq": "xllm.ops.quantised:weight_only_linear",
+        "gptq": "xllm.ops.quantised:weight_only_linear",
+    },
+    "cuda": {
+        "fp8": "xllm.ops.cuda.quantised:fp8_linear",
+        "int8": "xllm.ops.cuda.quantised:int8_linear",
+        "int4": "xllm.ops.cuda.quantised:int4_linear",
+        "awq": "xllm.ops.cuda.quantised:int4_linear",
+        "gptq": "xllm.ops.cuda.quantised:int4_linear",
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedOps:
+    """Makes and fills weights of a scheme; `Ops.linear` multiplies with them as with plain ones."""
+
+    scheme: str
+    new_weight: Callable[
+        [int, int, int | None], Weight
+    ]  # rows, columns, columns to a group (None: the scheme's)
+    store_rows: Callable[[Weight, int, Any], None]  # floats, which are quantised, or `ops.quantised.Rows`
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +136,18 @@ class Ops:
     rope_and_cache: Callable[..., torch.Tensor]
     attention: Callable[..., torch.Tensor]
     silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
+    decode_inputs: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
     few: FewOps | None = None
     query_tile: int = 0  # 0: attention here needs no tiles
+    sample: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    quantised: QuantisedOps | None = None
 
 
-def load_ops(device: str, dtype: torch.dtype) -> Ops:
+def load_ops(device: str, dtype: torch.dtype, quantization: str | None = None) -> Ops:
     """The fastest operators this machine has for `device` ("cpu", or "reference" for plain PyTorch).
 
-    dtype is that of weights and KV cache. Raises ConfigError for a device or dtype nobody implements.
+    dtype is that of weights and KV cache; `quantization` names the scheme of quantised weights, which may then stand
+    beside plain ones. Raises ConfigError for a device, dtype or scheme nobody implements.
     """
     if device not in TABLE:
         raise ConfigError(f"device {device!r} has no operators; known: {', '.join(TABLE)}")
@@ -120,13 +161,32 @@ def load_ops(device: str, dtype: torch.dtype) -> Ops:
             "device 'cuda' needs an NVIDIA GPU and the package triton, which comes with PyTorch for CUDA"
         )
     names = TABLE["reference"] | (TABLE[device] if available else {})
-    return Ops(
+    ops = Ops(
         device=device,
         activation_dtype=dtype if device == "cuda" else torch.float32,
         few=load_few(device),
         query_tile=resolve(QUERY_TILE[device]) if device in QUERY_TILE else 0,
+        sample=resolve(SAMPLE[device]) if device in SAMPLE else None,
         **{op: resolve(at) for op, at in names.items()},
     )
+    return ops if quantization is None else with_quantised(ops, quantization)
+
+
+def with_quantised(ops: Ops, scheme: str) -> Ops:
+    """These operators for quantised weights too; those for few tokens know none. Raises ConfigError."""
+    if scheme not in QUANTISED.get(ops.device, {}):
+        devices = ", ".join(device for device, known in QUANTISED.items() if scheme in known)
+        raise ConfigError(
+            f"weights in {scheme} cannot be multiplied on {ops.device!r}; devices that can: {devices or 'none'}"
+        )
+    kind = resolve(SCHEMES[scheme].weight)
+    plain, quantised = ops.linear, resolve(QUANTISED[ops.device][scheme])
+
+    def linear(x_TK: torch.Tensor, weight: Weight, bias_N: torch.Tensor | None) -> torch.Tensor:
+        product = quantised if isinstance(weight, kind) else plain
+        return product(x_TK, weight, bias_N)
+
+    return replace(ops, linear=linear, quantised=QuantisedOps(scheme, kind, store_rows), few=None)
 
 
 def load_few(device: str) -> FewOps | None:

@@ -12,7 +12,7 @@ from xllm.server.errors import error_response
 from xllm.server.metrics import Metrics
 from xllm.server.middleware import Envelope, KeyCheck
 from xllm.server.options import ServerOptions
-from xllm.server.routes import routers
+from xllm.server.routes import routers, sleep
 from xllm.server.state import ServerState, served_name
 from xllm.server.templates import choose_template
 
@@ -51,6 +51,8 @@ def create_app(
     )
     for router in routers():
         app.include_router(router)
+    if asked.enable_sleep_mode:
+        app.include_router(sleep.router)
     for kind in (XllmError, HTTPException, ClientDisconnect):
         app.add_exception_handler(kind, _answer)
     if keys := options.api_keys():

@@ -6,6 +6,7 @@ Labels are the model's name, the engine's number and words of our own: nothing a
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -17,7 +18,8 @@ from prometheus_client.samples import Sample
 from xllm.core.output import Finish, RequestMetrics, RequestOutput
 from xllm.core.stats import SchedulerStats
 
-PREFIXES = ("xllm:", "vllm:")
+OWN_PREFIX = "xllm:"
+PREFIXES = (OWN_PREFIX, "vllm:")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _SHORT = (
@@ -80,6 +82,11 @@ FROM_STATS = {
     "prefix_cache_queries": "prefix_queried_tokens",
     "prefix_cache_hits": "prefix_hit_tokens",
     "num_preemptions": "preemptions",
+    "steps": "executor.steps",
+    "graph_steps": "executor.graph_steps",
+    "graph_capture_failures": "executor.graph_failures",
+    "device_seconds": "executor.device_s",
+    "device_bubble_seconds": "executor.bubble_s",
 }
 
 _CACHE_LABELS = ("block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype")
@@ -114,6 +121,17 @@ DEFINITIONS = (
     Definition("spec_decode_num_drafts", Counter, "Drafts made by speculative decoding"),
     Definition("spec_decode_num_draft_tokens", Counter, "Tokens in those drafts"),
     Definition("spec_decode_num_accepted_tokens", Counter, "Draft tokens the model agreed with"),
+    # ours alone: shown under no other name
+    Definition("steps", Counter, "Steps of the engine"),
+    Definition("graph_steps", Counter, "Of those, replayed as one device graph"),
+    Definition(
+        "graph_capture_failures", Counter, "Graphs that could not be captured; those steps run eagerly"
+    ),
+    Definition("device_seconds", Counter, "Seconds the device spent on steps"),
+    Definition("device_bubble_seconds", Counter, "Seconds the device waited between steps while it had work"),
+)
+_OURS = frozenset(
+    {"steps", "graph_steps", "graph_capture_failures", "device_seconds", "device_bubble_seconds"}
 )
 
 
@@ -163,7 +181,7 @@ class Metrics:
 
     def _read(self, stats: SchedulerStats) -> None:
         for name, attribute in FROM_STATS.items():
-            value = float(getattr(stats, attribute))
+            value = float(attrgetter(attribute)(stats))
             metric = self._by_name[name]
             if isinstance(metric, Gauge):
                 metric.set(value)
@@ -242,6 +260,8 @@ class _Renamed(Collector):
 
     def collect(self) -> Iterable[Metric]:
         for metric in self._registry.collect():
+            if self._prefix != OWN_PREFIX and metric.name.partition(":")[2] in _OURS:
+                continue
             copy = Metric(self._name(metric.name), metric.documentation, metric.type, metric.unit)
             copy.samples = [
                 Sample(self._name(s.name), *s[1:]) for s in metric.samples if not s.name.endswith("_created")

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from xllm.config.decided import EngineConfig
 from xllm.core.errors import XllmError
 from xllm.core.output import SequenceOutput
 from xllm.core.sampling import SamplingParams
@@ -55,6 +56,16 @@ class ResetPrefixCache(_Message, frozen=True):
     call_id: int
 
 
+class Sleep(_Message, frozen=True):
+    """Give the device's memory back. Refused while anything runs; until `WakeUp` nothing is taken in."""
+
+    call_id: int
+
+
+class WakeUp(_Message, frozen=True):
+    call_id: int
+
+
 class Shutdown(_Message, frozen=True):
     pass
 
@@ -71,8 +82,10 @@ class Loading(_Message, frozen=True):
 
 
 class Ready(_Message, frozen=True):
-    """The engine takes requests. `seconds` is the start-up time by part."""
+    """The engine takes requests. `seconds` is the start-up time by part, `config` what was decided in the end: an
+    engine that measures its memory completes what it was given."""
 
+    config: EngineConfig
     seconds: dict[str, float] = {}
 
 
@@ -94,6 +107,7 @@ class Heartbeat(_Message, frozen=True):
 class Reply(_Message, frozen=True):
     call_id: int
     value: Any = None
+    refused: str | None = None  # why what was asked for was not done
 
 
 class Fault(_Message, frozen=True):
@@ -102,7 +116,7 @@ class Fault(_Message, frozen=True):
     reason: str
 
 
-ToEngine = Submit | SubmitMany | Abort | ResetPrefixCache | Shutdown
+ToEngine = Submit | SubmitMany | Abort | ResetPrefixCache | Sleep | WakeUp | Shutdown
 FromEngine = Loading | Ready | Outputs | Heartbeat | Reply | Fault
 Message = ToEngine | FromEngine
 

@@ -4,6 +4,7 @@ Shapes: R rows of a step, one per sequence that samples; A, B or P of them that 
 vocabulary; K candidates of a row; S slots.
 """
 
-from xllm.executor.sampling.sampler import Sampled, Sampler
+from xllm.executor.sampling.sampled import Fetched, Sampled
+from xllm.executor.sampling.sampler import Sampler
 
-__all__ = ["Sampled", "Sampler"]
+__all__ = ["Fetched", "Sampled", "Sampler"]

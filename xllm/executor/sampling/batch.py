@@ -3,9 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from xllm.device.cpu import CpuDevice
+from xllm.device.table import Device
+from xllm.executor.packing import upload_all
 from xllm.executor.sampling.edits import Additions, AllowedTokens, Penalties
 from xllm.executor.sampling.slots import Slot, SlotTensors, Way
 
@@ -27,24 +31,35 @@ class Group:
 
 
 class Batch:
-    """`key` is what it was made for: slots in row order, and which may not end yet."""
+    """`key` is what it was made for: slots in row order, and which may not end yet.
 
-    def __init__(self, slots: list[int], held: Sequence[Slot], young: list[bool], tensors: SlotTensors):
-        device = tensors.starts.device
+    Groups are made unless a device chooses for all rows at once.
+    """
+
+    def __init__(
+        self,
+        slots: list[int],
+        held: Sequence[Slot],
+        young: list[bool],
+        tensors: SlotTensors,
+        device: Device | None = None,
+        *,
+        grouped: bool = True,
+    ):
+        device = device or CpuDevice()
         self.key = (slots, young)
-        self.slots_R = torch.tensor(slots, dtype=torch.int64, device=device)
-        self.groups: dict[Way, Group] = {}
-        for way in Way:
-            if rows := [row for row, slot in enumerate(held) if slot.way is way]:
-                self.groups[way] = _group(rows, held, self.slots_R, tensors)
-        self.all_greedy = list(self.groups) == [Way.GREEDY]
         asked: dict[int, list[int]] = {}
         for row, slot in enumerate(held):
             if slot.params.logprobs is not None:
                 asked.setdefault(slot.params.logprobs, []).append(row)
+        self.slots_R, *at = upload_all(
+            device, *(np.array(rows, dtype=np.int64) for rows in (slots, *asked.values()))
+        )
         # (number of logprobs, rows, the same on the device): one number at a time, so that ties do not fall
         # otherwise because somebody else asked for more
-        self.scored = [(k, rows, torch.tensor(rows, device=device)) for k, rows in asked.items()]
+        self.scored = [(k, rows, rows_A) for (k, rows), rows_A in zip(asked.items(), at, strict=True)]
+        self.groups = _groups(held, self.slots_R, tensors) if grouped else {}
+        self.all_greedy = list(self.groups) == [Way.GREEDY]
         self._allowed = AllowedTokens(held, device)
         self._additions = Additions(held, young, device)
         self.penalties = Penalties(held, device)
@@ -62,15 +77,23 @@ class Batch:
             self.penalties.apply(logits_RV, tokens_SL, self.slots_R, positions_R, longest, counts)
 
 
+def _groups(held: Sequence[Slot], slots_R: Tensor, tensors: SlotTensors) -> dict[Way, Group]:
+    groups: dict[Way, Group] = {}
+    for way in Way:
+        if rows := [row for row, slot in enumerate(held) if slot.way is way]:
+            groups[way] = _group(rows, held, slots_R, tensors)
+    return groups
+
+
 def _group(rows: list[int], held: Sequence[Slot], slots_R: Tensor, tensors: SlotTensors) -> Group:
     index = torch.tensor(rows, dtype=torch.int64, device=slots_R.device)
-    slots = slots_R[index]
+    slots, numbers = slots_R[index], tensors.numbers
     return Group(
         rows=None if len(rows) == len(held) else index,
-        starts=tensors.starts[slots],
-        inv_temperature=tensors.inv_temperature[slots],
-        min_p=tensors.min_p[slots] if any(held[row].params.min_p > 0 for row in rows) else None,
-        top_p=tensors.top_p[slots],
-        top_k=tensors.top_k[slots],
+        starts=numbers.starts[slots],
+        inv_temperature=numbers.inv_temperature[slots],
+        min_p=numbers.min_p[slots] if any(held[row].params.min_p > 0 for row in rows) else None,
+        top_p=numbers.top_p[slots],
+        top_k=numbers.top_k[slots],
         largest_k=max(held[row].top_k for row in rows),
     )

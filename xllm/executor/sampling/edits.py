@@ -7,9 +7,12 @@ vocabulary.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from xllm.device.table import Device
+from xllm.executor.packing import upload_all
 from xllm.executor.sampling.slots import Slot
 
 _BARRED = -torch.inf
@@ -18,7 +21,7 @@ _BARRED = -torch.inf
 class Additions:
     """Biases, tokens barred outright, and last tokens of bad words, for one batch of rows."""
 
-    def __init__(self, slots: Sequence[Slot], young: Sequence[bool], device: torch.device):
+    def __init__(self, slots: Sequence[Slot], young: Sequence[bool], device: Device):
         """`young[r]` says that row r may not end yet."""
         fixed: list[tuple[int, int, float]] = []  # row, token, what is added
         words: list[tuple[int, list[int]]] = []
@@ -27,21 +30,27 @@ class Additions:
             if is_young:
                 fixed += [(row, token, _BARRED) for token in slot.stop_ids]
             words += [(row, word) for word in slot.bad_words]
+        self._count, self._words = len(fixed) + len(words), len(words)
+        if not self._count:
+            return
         length = max((len(word) for _, word in words), default=1) - 1
         rows = [row for row, _, _ in fixed] + [row for row, _ in words]
         tokens = [token for _, token, _ in fixed] + [word[-1] for _, word in words]
-        self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
-        self._tokens = torch.tensor(tokens, dtype=torch.int64, device=device)
-        self._fixed = torch.tensor([value for _, _, value in fixed], dtype=torch.float32, device=device)
         # [words, length]: what must stand before the last token, filled from the left with -1 for "anything"
         heads = [[-1] * (length + 1 - len(word)) + word[:-1] for _, word in words]
-        self._heads = torch.tensor(heads, dtype=torch.int64, device=device).reshape(len(words), length)
+        self._rows, self._tokens, self._fixed, self._heads, self._back = upload_all(
+            device,
+            np.array(rows, dtype=np.int64),
+            np.array(tokens, dtype=np.int64),
+            np.array([value for _, _, value in fixed], dtype=np.float32),
+            np.array(heads, dtype=np.int64).reshape(len(words), length),
+            np.arange(-length, 0, dtype=np.int64),
+        )
         self._word_rows = self._rows[len(fixed) :]
-        self._back = torch.arange(-length, 0, device=device)
 
     def apply(self, logits_RV: Tensor, tokens_SL: Tensor, slots_R: Tensor, positions_R: Tensor) -> None:
         values = self._fixed
-        if len(self._heads):
+        if self._words:
             at = positions_R[self._word_rows][:, None] + self._back
             stands = tokens_SL[slots_R[self._word_rows][:, None], at.clamp(min=0)]
             matches = ((stands == self._heads) & (at >= 0) | (self._heads < 0)).all(-1)
@@ -50,18 +59,24 @@ class Additions:
         logits_RV.index_put_((self._rows, self._tokens), values, accumulate=True)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._count
 
 
 class AllowedTokens:
     """Bars everything but the tokens allowed, in the rows that have such a list."""
 
-    def __init__(self, slots: Sequence[Slot], device: torch.device):
+    def __init__(self, slots: Sequence[Slot], device: Device):
         rows = [row for row, slot in enumerate(slots) if slot.allowed is not None]
+        self._count = len(rows)
+        if not rows:
+            return
         pairs = [(row, token) for row in rows for token in slots[row].allowed or ()]
-        self._limited = torch.tensor(rows, dtype=torch.int64, device=device)
-        self._rows = torch.tensor([row for row, _ in pairs], dtype=torch.int64, device=device)
-        self._tokens = torch.tensor([token for _, token in pairs], dtype=torch.int64, device=device)
+        self._limited, self._rows, self._tokens = upload_all(
+            device,
+            np.array(rows, dtype=np.int64),
+            np.array([row for row, _ in pairs], dtype=np.int64),
+            np.array([token for _, token in pairs], dtype=np.int64),
+        )
 
     def apply(self, logits_RV: Tensor) -> None:
         kept = logits_RV[self._rows, self._tokens]
@@ -69,7 +84,7 @@ class AllowedTokens:
         logits_RV[self._rows, self._tokens] = kept
 
     def __len__(self) -> int:
-        return len(self._limited)
+        return self._count
 
 
 class Penalties:
@@ -78,19 +93,27 @@ class Penalties:
     Only tokens that occur in a sequence can change, and they are at hand in its row of the token buffer.
     """
 
-    def __init__(self, slots: Sequence[Slot], device: torch.device):
+    def __init__(self, slots: Sequence[Slot], device: Device):
         rows = [row for row, slot in enumerate(slots) if slot.penalised]
         asked = [slots[row] for row in rows]
-        self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
-        self._repetition = torch.tensor([s.params.repetition_penalty for s in asked], device=device)[:, None]
-        self._presence = torch.tensor([s.params.presence_penalty for s in asked], device=device)[:, None]
-        self._frequency = torch.tensor([s.params.frequency_penalty for s in asked], device=device)[:, None]
-        self._count_rows = torch.tensor([s.count_row for s in asked], dtype=torch.int64, device=device)[
-            :, None
+        counted = [(row, slot.count_row) for row, slot in zip(rows, asked, strict=True) if slot.counted]
+        self._count, self._counted = len(rows), len(counted)
+        if not rows:
+            return
+        penalties = [
+            (s.params.repetition_penalty, s.params.presence_penalty, s.params.frequency_penalty)
+            for s in asked
         ]
-        self._counted = [row for row, slot in zip(rows, asked, strict=True) if slot.count_row >= 0]
-        self._counted_rows = torch.tensor(self._counted, dtype=torch.int64, device=device)
-        self._own_counts = self._count_rows[self._count_rows >= 0]
+        self._rows, count_rows, penalties_3P, self._counted_rows, self._own_counts = upload_all(
+            device,
+            np.array(rows, dtype=np.int64),
+            np.array([s.count_row for s in asked], dtype=np.int64),
+            np.array(penalties, dtype=np.float32).T.copy(),
+            np.array([row for row, _ in counted], dtype=np.int64),
+            np.array([count_row for _, count_row in counted], dtype=np.int64),
+        )
+        self._count_rows = count_rows[:, None]
+        self._repetition, self._presence, self._frequency = penalties_3P[:, :, None]
 
     def apply(
         self,
@@ -121,4 +144,4 @@ class Penalties:
             counts[self._own_counts, token_ids_R[self._counted_rows]] += 1
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._count

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xllm.core.plan import TokenLogprobs
+from xllm.device.table import Device
 
 _CHUNK = 128
 
@@ -20,15 +21,29 @@ class Scores:
     top_ids: Tensor  # [A, k] int64, likeliest first, of equally likely ones the lower id first
     top_logprobs: Tensor  # [A, k] float64
 
-    def to_host(self) -> list[TokenLogprobs]:
-        """One entry per row: the token, then the k likeliest. Waits for the device."""
-        ids = torch.cat([self.token_ids[:, None], self.top_ids], 1).tolist()
-        logprobs = torch.cat([self.logprobs[:, None], self.top_logprobs], 1).tolist()
-        return [TokenLogprobs(*entry) for entry in zip(ids, logprobs, self.ranks.tolist(), strict=True)]
+    def fetch(self, device: Device) -> "FetchedScores":
+        """Starts the way to the host."""
+        integers = torch.cat([self.ranks[:, None], self.token_ids[:, None], self.top_ids], 1)
+        logprobs = torch.cat([self.logprobs[:, None], self.top_logprobs], 1)
+        return FetchedScores(device.download(integers), device.download(logprobs))
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedScores:
+    """On the host, once a mark of the device made after `Scores.fetch` has been waited for."""
+
+    integers: Tensor  # [A, 2 + k] int64: rank, token, the likeliest
+    logprobs: Tensor  # [A, 1 + k] float64: of the token, of the likeliest
+
+    def entries(self) -> list[TokenLogprobs]:
+        """One per row: the token, then the k likeliest."""
+        rows = zip(self.integers.tolist(), self.logprobs.tolist(), strict=True)
+        return [TokenLogprobs(ids, logprobs, rank) for (rank, *ids), logprobs in rows]
 
 
 def score(logits_AV: Tensor, token_ids_A: Tensor, k: int) -> Scores:
-    """Score one token per row and find the k likeliest (at most V)."""
+    """Score one token per row and find the k likeliest (at most V). Never waits for the device."""
+    logits_AV = logits_AV.float()
     best = logits_AV.amax(-1, keepdim=True)
     log_sum = _row_sums((logits_AV - best).exp_()).log_()[:, None]
     chosen = logits_AV.gather(1, token_ids_A[:, None])

@@ -3,12 +3,15 @@
 import enum
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xllm.core.plan import NewSequence
 from xllm.core.sampling import SamplingParams
+from xllm.device.table import Device
 from xllm.executor.sampling.random import start_of
+from xllm.ops.sampling import SlotNumbers
 
 _MAX_INVERSE = (
     1e30  # of a temperature so low that only the best token is left; finite, as 0 times it must be 0
@@ -73,24 +76,58 @@ class Slot:
         """Whether the token at `position` may not end the sequence yet."""
         return position - self.prompt_len < self.params.min_tokens
 
+    @property
+    def plain_from(self) -> int | None:
+        """The first position whose token takes no more than the numbers of `SlotTensors`; None where none does."""
+        if self.bias or self.allowed is not None or self.bad_words or self.penalised:
+            return None
+        if self.params.logprobs is not None:
+            return None
+        return self.prompt_len + self.params.min_tokens if self.stop_ids else 0
+
 
 class SlotTensors:
-    """The numbers of all S slots on the device, at addresses that stay: what a step gathers its rows from."""
+    """The numbers of all S slots: what a step reads for its rows. They are changed on the host, and come to the device
+    together, at addresses that stay, when `upload` is called."""
 
     def __init__(self, max_num_seqs: int, device: torch.device):
-        self.starts = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self.inv_temperature = torch.ones(max_num_seqs, dtype=torch.float32, device=device)
-        self.min_p = torch.zeros(max_num_seqs, dtype=torch.float32, device=device)
-        self.top_p = torch.ones(max_num_seqs, dtype=torch.float64, device=device)
-        self.top_k = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        s = (
+            -(-max_num_seqs // 4) * 4
+        )  # all addresses are multiples of 16 bytes, so kernels are the same for any S
+        # a row each for the numbers of 8 bytes, and one for both of 4
+        self._host = np.zeros((4, s), dtype=np.int64)
+        self._starts, self._top_k = self._host[0], self._host[1]
+        self._top_p = self._host[2].view(np.float64)
+        self._inv_temperature, self._min_p = self._host[3].view(np.float32).reshape(2, s)
+        self._top_p[:] = 1.0
+        self._changed = True
+        self._packed = torch.zeros((4, s), dtype=torch.int64, device=device)
+        halves = self._packed[3].view(torch.float32)
+        self.numbers = SlotNumbers(
+            starts=self._packed[0],
+            inv_temperature=halves[:s],
+            min_p=halves[s:],
+            top_p=self._packed[2].view(torch.float64),
+            top_k=self._packed[1],
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self._packed.device
 
     def set(self, index: int, slot: Slot, seed: int) -> None:
         params = slot.params
-        self.starts[index] = start_of(seed)
-        self.inv_temperature[index] = 1.0 if params.greedy else min(1.0 / params.temperature, _MAX_INVERSE)
-        self.min_p[index] = params.min_p
-        self.top_p[index] = params.top_p
-        self.top_k[index] = slot.top_k
+        self._starts[index] = start_of(seed)
+        self._inv_temperature[index] = 0.0 if params.greedy else min(1.0 / params.temperature, _MAX_INVERSE)
+        self._min_p[index] = params.min_p
+        self._top_p[index] = params.top_p
+        self._top_k[index] = slot.top_k
+        self._changed = True
+
+    def upload(self, device: Device) -> None:
+        if self._changed:
+            device.upload_into(self._packed, self._host)
+            self._changed = False
 
 
 class OutputCounts:
@@ -108,7 +145,7 @@ class OutputCounts:
             self.counts = torch.cat([self.counts, more])
             self._free = list(range(rows, len(self.counts)))
         row = self._free.pop()
-        self.counts[row] = 0
+        self.counts[row].zero_()
         self.counts[row].index_add_(0, output_ids, torch.ones_like(output_ids, dtype=torch.int32))
         return row
 

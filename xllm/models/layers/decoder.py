@@ -3,7 +3,7 @@
 Legend: T tokens, R rows whose logits are wanted, K hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from xllm.models.layers.attention import Attention
 from xllm.models.layers.mlp import GatedMLP
 from xllm.models.layers.rotary import RotaryTable
 from xllm.models.spec import DecoderSpec
-from xllm.ops.table import Ops
+from xllm.ops.linear import tensors_of
+from xllm.ops.table import FewOps, Ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Decoder:
     def __init__(self, spec: DecoderSpec, parameters: Mapping[str, Any], ops: Ops):
         self.spec = spec
         self.ops = ops
+        self.parameters = parameters
         self.embed = parameters["embed"]
         self.layers = [build_layer(i, spec, parameters, ops) for i in range(len(spec.windows))]
         self.norm = parameters["norm"]
@@ -42,6 +44,9 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, fwd: Forward) -> torch.Tensor:
         """Write KV of all T tokens; return the final-normed hidden states [R, K] of `logits_rows`."""
+        few = self.ops.few
+        if few is not None and fwd.attention.max_query_len == 1 and len(fwd.token_ids) <= few.max_tokens:
+            return self._forward_few(fwd, few)
         ops, eps = self.ops, self.spec.norm_eps
         cos_sin_MR = self.rotary.upto(fwd.attention.max_context_len)
         residual_TK = ops.embedding(fwd.token_ids, self.embed, ops.activation_dtype)
@@ -60,10 +65,34 @@ class Decoder:
         rows = fwd.logits_rows
         return ops.add_rms_norm(branch_TK[rows], residual_TK[rows], self.norm, eps)
 
+    def _forward_few(self, fwd: Forward, few: FewOps) -> torch.Tensor:
+        """The same for a decode step of few tokens, in fewer and larger operators."""
+        ops, eps = self.ops, self.spec.norm_eps
+        cos_sin_MR = self.rotary.upto(fwd.attention.max_context_len)
+        residual_TK = ops.embedding(fwd.token_ids, self.embed, ops.activation_dtype)
+        for layer in self.layers:
+            a, mlp = layer.attention, layer.mlp
+            qkv_TE = few.norm_linear(residual_TK, layer.attn_norm, eps, a.qkv, a.qkv_bias)
+            out_TE = few.rope_cache_attention(
+                qkv_TE, fwd.positions, cos_sin_MR, a.q_norm, a.k_norm, a.norm_eps,
+                fwd.kv_cache, a.layer, fwd.attention, a.scale, a.window,
+            )  # fmt: skip
+            few.linear_add(out_TE, a.o, a.o_bias, residual_TK)
+            inner_TI = few.norm_gate_up(residual_TK, layer.mlp_norm, eps, mlp.gate_up, mlp.gate_up_bias)
+            few.linear_add(inner_TI, mlp.down, mlp.down_bias, residual_TK)
+            if self.on_layer is not None:
+                self.on_layer()
+        return ops.rms_norm(residual_TK[fwd.logits_rows], self.norm, eps)
+
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, K] -> [R, V] float32."""
-        return self.ops.linear(hidden, self.lm_head, None).float()
+        """[R, K] -> [R, V] in the activations' dtype."""
+        return self.ops.linear(hidden, self.lm_head, None)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All parameters, in whatever form the device keeps them."""
+        for parameter in self.parameters.values():
+            yield from tensors_of(parameter)
 
 
 def build_layer(i: int, spec: DecoderSpec, parameters: Mapping[str, Any], ops: Ops) -> Layer:

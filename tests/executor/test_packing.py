@@ -1,0 +1,27 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+
+from xllm.device.table import open_device
+from xllm.executor.packing import ALIGN, upload_all
+
+ARRAYS = st.sampled_from(["int32", "int64", "float32", "float64"]).flatmap(
+    lambda dtype: arrays(dtype, array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=9))
+)
+
+
+@given(given=st.lists(ARRAYS, min_size=1, max_size=6), device=st.sampled_from(["cpu", "reference"]))
+def test_every_array_arrives_as_it_was(given, device):
+    for array, tensor in zip(given, upload_all(open_device(device), *given), strict=True):
+        assert tensor.shape == array.shape
+        assert np.array_equal(tensor.numpy(), array, equal_nan=True)
+        assert str(tensor.dtype) == f"torch.{array.dtype}"
+
+
+def test_every_array_is_aligned_for_wide_loads():
+    device = open_device("reference")
+    first, second = upload_all(device, np.arange(3, dtype=np.int32), np.arange(5))
+    assert (second.data_ptr() - first.data_ptr()) % ALIGN == 0
+    assert first.dtype == torch.int32

@@ -1,0 +1,82 @@
+"""How weights are cut for a card: what was measured stays chosen, and no shape gets a cut that cannot work."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xllm.ops.cuda import tiling
+
+SHAPES = st.integers(1, 200_000), st.integers(1, 40_000)
+SHARED_MEMORY = 227 * 1024  # of a program, on Hopper
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "gated", "rows_tile_warps_ahead"),
+    [
+        (4096, 1024, False, (8, 1024, 4, 1)),  # Qwen3-0.6B: query, key and value
+        (1024, 2048, False, (8, 1024, 4, 2)),  # attention's output
+        (3072, 1024, True, (4, 512, 4, 1)),  # gate and up
+        (1024, 3072, False, (4, 1024, 8, 3)),  # down
+        (151936, 1024, False, (8, 512, 4, 2)),  # vocabulary
+        (6144, 4096, False, (8, 1024, 4, 3)),  # Qwen3-8B, likewise
+        (4096, 4096, False, (8, 1024, 4, 3)),
+        (12288, 4096, True, (8, 1024, 4, 1)),
+        (4096, 12288, False, (4, 1024, 4, 3)),
+        (151936, 4096, False, (8, 1024, 4, 3)),
+    ],
+)
+def test_one_token_keeps_what_was_measured(
+    rows: int, columns: int, gated: bool, rows_tile_warps_ahead: tuple[int, int, int, int]
+) -> None:
+    cut = tiling.gemv(1, rows, columns, gated)
+    assert (cut.rows, cut.tile, cut.warps, cut.ahead) == rows_tile_warps_ahead
+    assert cut.fold == 1 and cut.unrolled * cut.tile == columns
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "rows_tile_splits_stages"),
+    [
+        (4096, 1024, (32, 256, 1, 3)),
+        (1024, 2048, (32, 128, 4, 4)),
+        (1024, 3072, (32, 128, 4, 4)),
+        (6144, 1024, (64, 128, 1, 4)),
+        (4096, 4096, (32, 128, 2, 4)),
+        (4096, 12288, (32, 128, 2, 4)),
+        (24576, 4096, (64, 128, 1, 4)),
+        (151936, 4096, (64, 128, 1, 4)),
+    ],
+)
+def test_skinny_products_keep_what_was_measured(
+    rows: int, columns: int, rows_tile_splits_stages: tuple[int, int, int, int]
+) -> None:
+    cut = tiling.skinny(rows, columns, False)
+    assert (cut.rows, cut.tile, cut.splits, cut.stages) == rows_tile_splits_stages
+
+
+@given(st.integers(1, 8), *SHAPES, st.booleans())
+def test_a_gemv_never_reads_ahead_of_the_row(tokens: int, rows: int, columns: int, gated: bool) -> None:
+    cut = tiling.gemv(tokens, rows, columns, gated)
+    tiles = tiling.programs_for(columns, cut.tile)
+    assert 1 <= cut.ahead <= cut.unrolled <= tiles
+    assert cut.tile == tiling.padded(cut.tile) and cut.tile % cut.fold == 0
+    if tokens == 1:
+        assert cut.unrolled == tiles
+
+
+@given(*SHAPES, st.booleans())
+def test_every_split_has_a_tile_and_the_workspace_room(rows: int, columns: int, exact: bool) -> None:
+    cut = tiling.skinny(rows, columns, exact)
+    tiles = tiling.programs_for(columns, cut.tile)
+    assert (cut.splits - 1) * tiling.programs_for(tiles, cut.splits) < tiles
+    numbers = (cut.rows + tiling.SKINNY_TOKENS) * cut.tile * (4 if exact else 2)
+    assert (cut.stages + 1) * numbers < SHARED_MEMORY  # a tile more than stages: the one loaded ahead
+    if cut.splits > 1:
+        assert tiling.programs_for(rows, cut.rows) * cut.splits <= tiling.SPLIT_PROGRAMS
+        assert cut.rows <= tiling.SPLIT_ROWS
+
+
+@given(st.integers(1, 100_000), st.integers(1, 5000))
+def test_programs_and_padding(count: int, each: int) -> None:
+    programs = tiling.programs_for(count, each)
+    assert (programs - 1) * each < count <= programs * each
+    assert tiling.padded(count) // 2 < count <= tiling.padded(count)

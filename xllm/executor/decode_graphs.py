@@ -1,0 +1,77 @@
+"""Decode steps as device graphs: one step is one graph, from slots and positions to sampled tokens.
+
+A graph has a fixed number of rows, its size; a step of fewer sequences fills it up with rows of the spare slot. For each
+size there are two kinds: with the sampler inside, or ending with logits where a request needs more than the
+sampler's numbers (penalties, logprobs and the like).
+"""
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from xllm.executor.graphs import GraphTable, Shape
+
+# (slots [B] int64, positions [B] int64, whether to sample) -> the step's outputs
+DecodeStep = Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, ...]]
+
+
+class DecodeGraphs:
+    """Belongs to the executor's thread."""
+
+    def __init__(self, table: GraphTable, step: DecodeStep, *, sizes: Sequence[int], spare_slot: int):
+        self._table = table
+        self._step = step
+        self._sizes = sorted(sizes)
+        self._spare_slot = spare_slot
+
+    @property
+    def largest(self) -> int:
+        return self._sizes[-1] if self._sizes else 0
+
+    def run(
+        self, slots: Sequence[int], positions: Sequence[int], sample: bool
+    ) -> tuple[torch.Tensor, ...] | None:
+        """The step's outputs, whose first len(slots) rows count, good until the next replay. None where there is no
+        graph for it: then the step runs eagerly."""
+        count = len(slots)
+        if count > self.largest:
+            return None
+        shape = self._shape(self._sizes[bisect.bisect_left(self._sizes, count)], sample)
+        arrays = {name: array.copy() for name, array in shape.blank.items()}
+        arrays["slots"][:count] = slots
+        arrays["positions"][:count] = positions
+        return self._table.replay(shape, arrays)
+
+    def capture_one(self) -> bool:
+        """Capture one graph that is missing, of a size that is met often first; False when there is none."""
+        for size in _met_most_first(self._sizes):
+            shape = self._shape(size, True)
+            if shape.key not in self._table:
+                self._table.capture(shape)
+                return True
+        return False
+
+    def capture_largest(self) -> None:
+        """Only that graph: how much memory graphs take, since all share what the largest needs."""
+        if self._sizes:
+            self._table.capture(self._shape(self.largest, True))
+
+    def _shape(self, size: int, sample: bool) -> Shape:
+        return Shape(
+            key=("decode", size, sample),
+            what=f"steps of {size} sequences",
+            blank={
+                "slots": np.full(size, self._spare_slot, dtype=np.int64),
+                "positions": np.zeros(size, dtype=np.int64),
+            },
+            step=lambda tensors: self._step(tensors["slots"], tensors["positions"], sample),
+        )
+
+
+def _met_most_first(sizes: Sequence[int]) -> Iterator[int]:
+    """A lone user first, then powers of two, which leave no step of any size without a near graph; then the rest, the
+    largest first."""
+    yield from (size for size in sizes if size & (size - 1) == 0)
+    yield from (size for size in reversed(sizes) if size & (size - 1) != 0)
