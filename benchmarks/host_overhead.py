@@ -74,6 +74,7 @@ class NullModel:
         return iter(())
 
     def forward(self, fwd: Forward) -> torch.Tensor:
+        assert fwd.logits_rows is not None, "a CPU's steps name their rows"
         return self._hidden[: len(fwd.logits_rows)]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

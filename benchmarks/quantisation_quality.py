@@ -9,6 +9,7 @@ bfloat16 against the float32 one, for scale.
 """
 
 import argparse
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -34,7 +35,9 @@ def log_probabilities(driver: Driver, ids: list[int]) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="reference")
     parser.add_argument("--each", type=int, default=12, help="conversations per category")
     parser.add_argument("--seed", type=int, default=2026)
@@ -70,7 +73,12 @@ def main() -> None:
         )
         print(lines[-1], flush=True)
     tokens = sum(map(len, samples))
-    table = "\n".join([f"{len(samples)} conversations, {tokens} tokens, device {asked.device}", "", *lines]) + "\n"
+    head = [
+        f"# What quantised weights do to the demo model, {datetime.now(UTC):%Y-%m-%d}",
+        f"`python benchmarks/quantisation_quality.py --device {asked.device} --each {asked.each} --seed {asked.seed}`",
+        f"{len(samples)} held-out conversations, {tokens} tokens; torch {torch.__version__}. KL in nats, float32 || quantised.",
+    ]
+    table = "\n\n".join([*head, "\n".join(lines)]) + "\n"
     print(table)
     if asked.out:
         Path(asked.out).write_text(table, encoding="utf-8")

@@ -53,7 +53,7 @@ def generate(model, **options):
         return [out.outputs[0].token_ids for out in outputs], llm.stats().executor
 
 
-def test_the_kernels_together_give_the_tokens_of_the_cpu(model, stand_in):
+def test_the_kernels_together_give_the_tokens_of_the_cpu(model, stand_in, caplog):
     expected, _ = generate(model, device="cpu")
     tokens, steps = generate(model, device="cuda", cudagraph_capture_sizes=(1, 2, 4))
     assert tokens == expected
@@ -62,3 +62,4 @@ def test_the_kernels_together_give_the_tokens_of_the_cpu(model, stand_in):
     tokens, steps = generate(model, device="cuda", enforce_eager=True)
     assert tokens == expected
     assert steps.graph_steps == 0
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]

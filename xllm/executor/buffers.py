@@ -44,6 +44,9 @@ class InputBuffers:
         if device.asynchronous:
             self._block_table[self.spare_slot, 0] = spare_block
             self.block_table = device.upload(self._block_table)
+            self._one_each = device.upload(
+                np.arange(slots + 1, dtype=np.int32)
+            )  # query starts of a decode step
 
     def admit(self, plan: StepPlan) -> None:
         """Take over what is new in a plan: whole sequences, then appended blocks."""
@@ -124,12 +127,11 @@ class InputBuffers:
         token_ids, kv_slots, context_lens, block_table = self.ops.decode_inputs(
             slots_B, positions_B, self.tokens, self.block_table, self.block_size
         )
-        rows = torch.arange(count + 1, device=slots_B.device)
         return Forward(
             token_ids=token_ids,
             positions=positions_B,
             attention=AttentionInputs(
-                query_starts=rows.to(torch.int32),
+                query_starts=self._one_each[: count + 1],
                 context_lens=context_lens,
                 block_table=block_table,
                 kv_slots=kv_slots,
@@ -138,7 +140,7 @@ class InputBuffers:
                 num_decodes=count,
             ),
             kv_cache=kv_cache,
-            logits_rows=rows[:count],
+            logits_rows=None,
         )
 
     def tables_of(self, slots: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from xllm.core.sampling import SamplingParams
 from xllm.device.table import Device, open_device
 from xllm.executor.buffers import InputBuffers
 from xllm.executor.measure import with_measured_cache
+from xllm.executor.rehearsal import rehearsed
 from xllm.executor.runner import Runner
 from xllm.executor.sampling import Sampler
 from xllm.models.forward import Model
@@ -38,7 +39,7 @@ def build_runner(
     dtype: torch.dtype = getattr(torch, config.executor.dtype)
     with _timed(parts, "kernels"):
         ops = load_ops(config.executor.device, dtype, config.executor.quantization)
-    with _timed(parts, "weights"):
+    with _timed(parts, "weights"), rehearsed(config, device, ops):
         model = load_model(
             config.model,
             dtype=dtype,

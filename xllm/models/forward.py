@@ -20,7 +20,8 @@ class Forward:
     positions: torch.Tensor  # [T] int64
     attention: AttentionInputs
     kv_cache: torch.Tensor  # [blocks, layers, 2, block_size, kv_heads, head_dim], written in place
-    logits_rows: torch.Tensor  # [R] int64: the tokens whose next-token logits somebody wants
+    # [R] int64: the tokens whose next-token logits somebody wants; None: all of them, in order
+    logits_rows: torch.Tensor | None
 
 
 class Model(Protocol):

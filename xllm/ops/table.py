@@ -6,6 +6,7 @@ A new fast operator is one file and one line here; the parity test over this tab
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,9 @@ TABLE: dict[str, dict[str, str]] = {
         "decode_inputs": "xllm.ops.cuda.inputs:decode_inputs",
     },
 }
+
+# A context in which operators are made ready, on several threads, without running: for devices that compile at run time.
+COMPILING = {"cuda": "xllm.ops.cuda.launch:compiling"}
 
 # Queries in a tile of `AttentionInputs.tiles`, for devices whose attention wants them.
 QUERY_TILE = {"cuda": "xllm.ops.cuda.attention:QUERY_TILE"}
@@ -141,6 +145,7 @@ class Ops:
     query_tile: int = 0  # 0: attention here needs no tiles
     sample: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     quantised: QuantisedOps | None = None
+    compiling: Callable[[int], AbstractContextManager[None]] | None = None  # takes the number of threads
 
 
 def load_ops(device: str, dtype: torch.dtype, quantization: str | None = None) -> Ops:
@@ -167,6 +172,7 @@ def load_ops(device: str, dtype: torch.dtype, quantization: str | None = None) -
         few=load_few(device),
         query_tile=resolve(QUERY_TILE[device]) if device in QUERY_TILE else 0,
         sample=resolve(SAMPLE[device]) if device in SAMPLE else None,
+        compiling=resolve(COMPILING[device]) if device in COMPILING else None,
         **{op: resolve(at) for op, at in names.items()},
     )
     return ops if quantization is None else with_quantised(ops, quantization)

@@ -62,8 +62,9 @@ class Decoder:
             if self.on_layer is not None:
                 self.on_layer()
         assert branch_TK is not None, "a decoder has at least one layer"
-        rows = fwd.logits_rows
-        return ops.add_rms_norm(branch_TK[rows], residual_TK[rows], self.norm, eps)
+        if (rows := fwd.logits_rows) is not None:
+            branch_TK, residual_TK = branch_TK[rows], residual_TK[rows]
+        return ops.add_rms_norm(branch_TK, residual_TK, self.norm, eps)
 
     def _forward_few(self, fwd: Forward, few: FewOps) -> torch.Tensor:
         """The same for a decode step of few tokens, in fewer and larger operators."""
@@ -82,7 +83,8 @@ class Decoder:
             few.linear_add(inner_TI, mlp.down, mlp.down_bias, residual_TK)
             if self.on_layer is not None:
                 self.on_layer()
-        return ops.rms_norm(residual_TK[fwd.logits_rows], self.norm, eps)
+        wanted_TK = residual_TK if fwd.logits_rows is None else residual_TK[fwd.logits_rows]
+        return ops.rms_norm(wanted_TK, self.norm, eps)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

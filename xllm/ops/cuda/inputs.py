@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from xllm.ops.cuda.launch import launch
+
 WIDTH = 128  # block ids copied at once
 
 
@@ -41,7 +43,8 @@ def decode_inputs(
     token_ids, kv_slots = torch.empty_like(slots_B), torch.empty_like(slots_B)
     contexts = torch.empty(count, dtype=torch.int32, device=slots_B.device)
     rows = torch.empty((count, width), dtype=torch.int32, device=slots_B.device)
-    _decode_inputs[(count,)](
+    launch(
+        _decode_inputs, (count,),
         slots_B, positions_B, tokens_SM, block_table_SW,
         token_ids, kv_slots, contexts, rows,
         tokens_SM.stride(0), block_table_SW.stride(0), width,

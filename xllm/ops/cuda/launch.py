@@ -29,10 +29,15 @@ To trigger right after the wait pays where the successor has weights to load bef
 
 import functools
 import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import triton
+from triton import AsyncCompileMode
 from triton import language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -60,6 +65,31 @@ def wait(PDL: tl.constexpr):
 def trigger(PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
+
+
+_only_compiling: ContextVar[bool] = ContextVar("only_compiling", default=False)
+
+
+@contextmanager
+def compiling(threads: int) -> Iterator[None]:
+    """Whatever this thread launches in here is compiled, on several threads, and does not run: results are garbage.
+
+    Triton keeps what it compiled on disk, so this takes its time on a machine's first start only. What fails to compile
+    is left to the launch that needs it.
+    """
+    with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        token = _only_compiling.set(True)
+        try:
+            yield
+        finally:
+            _only_compiling.reset(token)
+
+
+def launch(function: Any, grid: tuple[int, ...], *arguments: object, **constants_and_options: object) -> Any:
+    """`function[grid](...)`, or its compilation alone (see `compiling`)."""
+    if _only_compiling.get():
+        return function.warmup(*arguments, grid=grid, **constants_and_options)
+    return function[grid](*arguments, **constants_and_options)
 
 
 class Kernel:
@@ -98,12 +128,13 @@ class Kernel:
                 kind.append(argument.dtype)
         aligned = addresses % 16 == 0
         key = tuple(kind)
-        compiled = self._compiled.get(key) if aligned else None
+        only_compiling = _only_compiling.get()
+        compiled = self._compiled.get(key) if aligned and not only_compiling else None
         if compiled is not None:
             compiled[(programs, 1, 1)](*values, *constants.values(), pdl)
             return
         options = {"num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
-        compiled = self._function[(programs,)](*arguments, **constants, PDL=pdl, **options)
-        if aligned and compiled is not None:  # the interpreter returns None
+        compiled = launch(self._function, (programs,), *arguments, **constants, PDL=pdl, **options)
+        if aligned and compiled is not None and not only_compiling:  # the interpreter returns None
             assert self._function.arg_names[len(arguments) :] == [*constants, "PDL"]
             self._compiled[key] = compiled

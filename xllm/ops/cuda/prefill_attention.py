@@ -14,6 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from xllm.ops.attention import AttentionInputs
 from xllm.ops.cuda.attention_plan import LOG2_E, QUERY_TILE, can_use_descriptors, padded, prefill_tiling
 from xllm.ops.cuda.key_tiles import LOWEST, average, fold, load_blocks, load_tile, tile_pointers
+from xllm.ops.cuda.launch import launch
 
 
 @triton.jit
@@ -165,7 +166,8 @@ def prefill_attention(
         # One for all layers, keys and values. It costs a microsecond, so it is made anew and cannot go stale.
         width = kv_heads * head_dim
         kv = TensorDescriptor(kv_cache, [cache_rows, width], [width, 1], [tiling.keys, head_dim])
-    _prefill[(kv_heads * row_tiles, inputs.tiles.shape[0])](
+    launch(
+        _prefill, (kv_heads * row_tiles, inputs.tiles.shape[0]),
         q_TQD, kv, inputs.block_table, inputs.query_starts, inputs.context_lens, inputs.tiles, out_TE,
         layer, inputs.block_table.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK=block_size,

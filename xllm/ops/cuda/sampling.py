@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xllm.ops.cuda.drawing import draw_inside, first_best, is_kept, list_chunks, masses_of, pick, uniform
+from xllm.ops.cuda.launch import launch
 from xllm.ops.cuda.tiling import padded, programs_for
 from xllm.ops.cuda.top_k import among_candidates, collect, lower_bound, threshold
 from xllm.ops.sampling import SlotNumbers
@@ -214,11 +215,13 @@ def sample(
     token_ids_R = torch.empty(rows, dtype=torch.int64, device=logits_RV.device)
     usable_R = torch.empty(rows, dtype=torch.bool, device=logits_RV.device)
     stride = logits_RV.stride(0)
-    _survey[(programs_for(chunks, SURVEYED), rows)](
+    launch(
+        _survey, (programs_for(chunks, SURVEYED), rows),
         logits_RV, stride, vocab, slots_R, numbers.inv_temperature, numbers.top_k, room.maxima_RN, room.masses_RN,
         N=N, M=SURVEYED, C=CHUNK, num_warps=SURVEY_WARPS,
     )  # fmt: skip
-    _choose[(rows,)](
+    launch(
+        _choose, (rows,),
         logits_RV, stride, vocab, slots_R, positions_R,
         numbers.starts, numbers.inv_temperature, numbers.min_p, numbers.top_p, numbers.top_k,
         room.maxima_RN, room.masses_RN, room.list_RN, room.groups_RK, room.values_RK, room.ids_RK, token_ids_R, usable_R,
