@@ -184,8 +184,10 @@ def skinnies(tokens: int, rows: int, columns: int) -> Found:
     sums = tiling.SPLIT_PROGRAMS * tiling.SPLIT_ROWS * tiling.SKINNY_TOKENS
     for name, other in found:
         programs = tiling.programs_for(rows, other.rows) * other.splits
-        fits = programs <= tiling.SPLIT_PROGRAMS and programs * other.rows * padded <= sums
-        if other.splits == 1 or fits:
+        tiles = tiling.programs_for(columns, other.tile)
+        each = tiling.programs_for(tiles, other.splits)
+        room = programs <= tiling.SPLIT_PROGRAMS and programs * other.rows * padded <= sums
+        if other.splits == 1 or (room and tiling.programs_for(tiles, each) == other.splits):  # none is empty
             yield name, ((tiling, "skinny", always(other)), (tiling, "SKINNY_TOKENS", padded))
 
 

@@ -15,10 +15,12 @@ import argparse
 import functools
 import json
 import math
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -241,12 +243,27 @@ def save(record: dict[str, Any], out: Path) -> None:
     Path(f"{out}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
+def compile_ahead(group: str, scope: Scope) -> None:
+    """On all cores at once, over tensors without memory. What fails here fails again where it is timed."""
+    assert scope.ops.compiling is not None
+    begin = time.monotonic()
+    with torch.device("meta"), scope.ops.compiling(os.cpu_count() or 1):
+        for case in GROUPS[group](scope):
+            for way in case.ways:
+                with suppress(Exception):
+                    way(0)
+    print(f"{group}, {scope.model.name}: compiled in {time.monotonic() - begin:.1f} s", flush=True)
+
+
 def run_all(asked: argparse.Namespace, card: Dry, rows: list[dict[str, Any]]) -> None:
     ops, end = load_ops("cuda", torch.bfloat16), time.monotonic() + asked.seconds
     models = [TINY] if asked.dry else [MODELS[name] for name in asked.models]
     for group in asked.only:
         for model in models[:1] if group in SAME_FOR_ALL else models:
-            for case in GROUPS[group](Scope(model, ops, asked.variants, asked.dry)):
+            scope = Scope(model, ops, asked.variants, asked.dry)
+            if not asked.dry:
+                compile_ahead(group, scope)
+            for case in GROUPS[group](scope):
                 name = "" if group in SAME_FOR_ALL else model.name
                 rows.append(row_of(case, name, *card.measure(case), card))
                 texts = zip(cells(rows[-1]), COLUMNS.values(), strict=True)
