@@ -1,4 +1,6 @@
+import gzip
 import json
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -126,3 +128,22 @@ def test_both_run_on_the_real_engine(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Throughput:" in printed
     assert "Avg latency:" in printed
+
+
+def test_steps_are_described_and_profiled(tmp_path, capsys):
+    """A trace is written of a device whose work PyTorch sees."""
+    from tests.checkpoints import save_qwen3
+
+    model = str(save_qwen3(tmp_path))
+    args = [
+        "--random-input-len", "20", "--random-output-len", "4", "--num-prompts", "3", "--disable-tqdm", "--profile",
+        "--profile-dir", str(tmp_path), "--dtype", "float32", "--max-num-seqs", "4", "--threads", "1",
+    ]  # fmt: skip
+    assert bench("throughput", model, *args, "--device", "reference") == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"Steps: \d+, [1-9]\d* of them as graphs; on the device [\d.]+ ms each", printed)
+    assert "aten::" in printed
+    (trace,) = tmp_path.glob("xllm-trace-*.json.gz")
+    assert b"aten::" in gzip.decompress(trace.read_bytes())
+    with pytest.raises(ConfigError, match="on a CPU the operators are plain C"):
+        bench("throughput", model, *args, "--device", "cpu")
