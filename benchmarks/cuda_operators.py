@@ -317,13 +317,13 @@ def _layer(scope: Scope, layers: list[dict[str, torch.Tensor]], size: int, token
 
     count = len(layers)
     ways = [
-        Way("few tokens", lambda i: by_few(scope.few, layers[i % count], i % count, residual)),
+        Way("few", lambda i: by_few(scope.few, layers[i % count], i % count, residual)),
         Way("plain", lambda i: plain(layers[i % count], i % count), read=lambda branch: residual + branch),
     ]
     if tokens > scope.few.max_tokens:
         ways.reverse()
     return Case(
-        "layer", f"{tokens} x 1 of {context}", [*ways, *scope.vary(ways[0], other_launch(tokens))],
+        "layer", f"{tokens} x 1 of {context}, {ways[0].name}", [*ways, *scope.vary(ways[0], other_launch(tokens))],
         lambda: by_few(few, {name: w.float() for name, w in layers[0].items()}, 0, before.float()),
         moved=size + 4 * tokens * context * m.kv_heads * m.head_dim, flops=size * tokens, sets=count,
         reset=lambda: residual.copy_(before), limit=4e-2,
