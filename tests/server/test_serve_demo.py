@@ -4,6 +4,7 @@ With the demo model where the tree has it, else with a small random checkpoint.
 """
 
 import asyncio
+import queue
 import random
 import signal
 import threading
@@ -284,14 +285,48 @@ def test_ten_times_capacity(small):
     assert small.complete().status_code == 200
 
 
+@contextmanager
+def frozen_at_work(served: Served) -> Iterator[Iterator[str]]:
+    """The lines of a stream after its first, with the engine frozen in the middle of it.
+
+    Until the first line is here the engine runs for moments only, so that it cannot come to the end meanwhile, however
+    slowly we are served by the machine.
+    """
+    ask = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "temperature": 1, "n": 4, "stream": True}
+    engine = served.engine_process
+    engine.send_signal(signal.SIGSTOP)
+    begun: queue.SimpleQueue[Iterator[str]] = queue.SimpleQueue()
+    over = threading.Event()
+
+    def stream() -> None:
+        with served.http.stream("POST", "/v1/completions", json=ask) as streamed:
+            lines = streamed.iter_lines()
+            assert next(lines).startswith("data: ")
+            begun.put(lines)
+            over.wait()
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    try:
+        until(lambda: _runs_for_a_moment(engine, begun), "the first line of a stream", timeout_s=30)
+        yield begun.get()
+    finally:
+        over.set()
+        thread.join()
+
+
+def _runs_for_a_moment(engine: psutil.Process, begun: "queue.SimpleQueue[Any]") -> bool:
+    engine.send_signal(signal.SIGCONT)
+    time.sleep(0.02)
+    engine.send_signal(signal.SIGSTOP)
+    time.sleep(0.2)  # for what the engine has said to arrive; if it takes longer, it gets another moment
+    return not begun.empty()
+
+
 def test_a_frozen_engine(small):
     """RELIABILITY 10: unhealthy within 10 s, errors in flight within 15 s; and it may come back."""
-    ask = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "temperature": 1, "n": 4, "stream": True}
     engine = small.engine_process
-    with ThreadPoolExecutor(1) as pool, small.http.stream("POST", "/v1/completions", json=ask) as streamed:
-        lines = streamed.iter_lines()
-        assert next(lines).startswith("data: ")
-        engine.send_signal(signal.SIGSTOP)
+    with ThreadPoolExecutor(1) as pool, frozen_at_work(small) as lines:
         frozen = time.monotonic()
         whole = pool.submit(small.complete, max_tokens=9, prompt="x")
         until(lambda: small.http.get("/health").status_code == 503, "/health to notice", timeout_s=10)
@@ -316,13 +351,9 @@ def test_the_end_of_a_frozen_engine(model):
 
 def test_an_engine_that_dies_ends_the_server_with_an_error(model):
     """A supervisor starts a new one; answering 503 for ever would hide it."""
-    ask = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "temperature": 1, "n": 4, "stream": True}
     with serving(model) as served:
-        engine = served.engine_process
-        with served.http.stream("POST", "/v1/completions", json=ask) as streamed:
-            lines = streamed.iter_lines()
-            assert next(lines).startswith("data: ")
-            engine.kill()
+        with frozen_at_work(served) as lines:
+            served.engine_process.kill()
             assert '"error"' in [line for line in lines if line][-2]  # before [DONE]
         served.http.close()
         assert served.running.end(20) == 1
