@@ -62,7 +62,7 @@ class Device(Protocol):
         ...
 
     def upload_into(self, target: torch.Tensor, array: np.ndarray) -> None:
-        """Fill memory that stays where it is, in submission order; asynchronous devices only."""
+        """Fill memory that stays where it is, in submission order."""
         ...
 
     def download(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -84,8 +84,7 @@ class Device(Protocol):
         ...
 
     def capture(self, work: Callable[[], tuple[torch.Tensor, ...]]) -> Graph:
-        """`work` as a graph; it runs at least once for real, and may allocate. Asynchronous devices only. Graphs share
-        their memory, so the outputs of one are good until another is replayed. Raises what the hardware raises."""
+        """`work` as a graph; it runs at least once for real, and may allocate. Graphs share their memory, so the outputs of one are good until another is replayed. Raises what the hardware raises."""
         ...
 
 
