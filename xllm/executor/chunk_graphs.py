@@ -21,6 +21,8 @@ SEQUENCES = 16  # of a step at most
 LONGEST_CONTEXT = 8192  # tokens before the chunk: here one program reads them all, eager steps split them
 FILLER, EMPTY = SEQUENCES, SEQUENCES + 1  # places behind the real sequences
 
+NOBODY = StepPlan(step=0, new=(), slots=(), starts=(), counts=(), samples=(), appended=())
+
 Tensors = Mapping[str, torch.Tensor]
 # (forward, slots [SEQUENCES] int64, positions [SEQUENCES] int64 of the tokens to sample) -> the step's outputs
 ChunkStep = Callable[[Forward, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
@@ -38,14 +40,20 @@ class ChunkGraphs:
         self._kv_cache = kv_cache
         self._sizes = [size for size in SIZES if size <= buffers.max_model_len] if enabled else []
 
+    def fits(self, plan: StepPlan) -> bool:
+        """Whether there is a size for the step."""
+        return (
+            bool(self._sizes)
+            and len(plan.slots) <= SEQUENCES
+            and plan.num_tokens <= self._sizes[-1]
+            and max(plan.starts) <= LONGEST_CONTEXT
+        )
+
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, ...] | None:
         """The step's outputs: the first rows are those of the sequences that sample. None where there is no graph."""
-        tokens = plan.num_tokens
-        if not self._sizes or tokens > self._sizes[-1] or len(plan.slots) > SEQUENCES:
+        if not self.fits(plan):
             return None
-        if max(plan.starts) > LONGEST_CONTEXT:
-            return None
-        size = self._sizes[bisect.bisect_left(self._sizes, tokens)]
+        size = self._sizes[bisect.bisect_left(self._sizes, plan.num_tokens)]
         return self._table.replay(self._shape(size), self._arrays(plan, size))
 
     def capture_one(self) -> bool:
@@ -58,11 +66,10 @@ class ChunkGraphs:
         return False
 
     def _shape(self, size: int) -> Shape:
-        nobody = StepPlan(step=0, new=(), slots=(), starts=(), counts=(), samples=(), appended=())
         return Shape(
             key=("chunk", size),
             what=f"prompt chunks of {size} tokens",
-            blank=self._arrays(nobody, size),
+            blank=lambda: self._arrays(NOBODY, size),
             step=lambda tensors: self._run(tensors, size),
         )
 

@@ -38,11 +38,11 @@ class DecodeGraphs:
         count = len(slots)
         if count > self.largest:
             return None
-        shape = self._shape(self._sizes[bisect.bisect_left(self._sizes, count)], sample)
-        arrays = {name: array.copy() for name, array in shape.blank.items()}
+        size = self._sizes[bisect.bisect_left(self._sizes, count)]
+        arrays = self._blank(size)
         arrays["slots"][:count] = slots
         arrays["positions"][:count] = positions
-        return self._table.replay(shape, arrays)
+        return self._table.replay(self._shape(size, sample), arrays)
 
     def capture_one(self) -> bool:
         """Capture one graph that is missing, of a size that is met often first; False when there is none."""
@@ -58,14 +58,17 @@ class DecodeGraphs:
         if self._sizes:
             self._table.capture(self._shape(self.largest, True))
 
+    def _blank(self, size: int) -> dict[str, np.ndarray]:
+        return {
+            "slots": np.full(size, self._spare_slot, dtype=np.int64),
+            "positions": np.zeros(size, dtype=np.int64),
+        }
+
     def _shape(self, size: int, sample: bool) -> Shape:
         return Shape(
             key=("decode", size, sample),
             what=f"steps of {size} sequences",
-            blank={
-                "slots": np.full(size, self._spare_slot, dtype=np.int64),
-                "positions": np.zeros(size, dtype=np.int64),
-            },
+            blank=lambda: self._blank(size),
             step=lambda tensors: self._step(tensors["slots"], tensors["positions"], sample),
         )
 

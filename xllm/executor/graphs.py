@@ -21,7 +21,7 @@ class Shape:
 
     key: Hashable
     what: str  # for people: "steps of 8 sequences"
-    blank: Arrays  # inputs that do no harm: all of the spare slot
+    blank: Callable[[], Arrays]  # inputs that do no harm, all of the spare slot; made when it is captured
     step: Callable[[Mapping[str, torch.Tensor]], tuple[torch.Tensor, ...]]  # reads only memory that stays
 
 
@@ -48,7 +48,7 @@ class GraphTable:
     def capture(self, shape: Shape) -> None:
         if shape.key in self:
             return
-        inputs = PackedInputs(self._device, shape.blank)
+        inputs = PackedInputs(self._device, shape.blank())
         try:
             graph = self._device.capture(lambda: shape.step(inputs.tensors))
         except Exception as e:

@@ -8,8 +8,6 @@ the card.
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
 from xllm.config.decided import EngineConfig
 from xllm.config.memory import blocks_of, fit_cache, gib
 from xllm.core.errors import ConfigError
@@ -34,8 +32,7 @@ def with_measured_cache(
     trial_blocks = blocks_of(tokens + 1, config.cache.block_size) + 1
     trial = assemble(replace(config, cache=replace(config.cache, num_blocks=trial_blocks)))
     trial.run(largest_step(config, tokens, trial_blocks))
-    with torch.inference_mode():
-        trial.graphs.capture_largest()
+    trial.capture_largest()
     free, total = device.memory()
     trial.close()
     del trial

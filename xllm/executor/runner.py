@@ -42,7 +42,7 @@ class Runner:
         self._sampler = sampler
         self._device = device
         self._table = GraphTable(device)
-        self.graphs = DecodeGraphs(
+        self._decodes = DecodeGraphs(
             self._table, self._decode, sizes=graph_sizes, spare_slot=buffers.spare_slot
         )
         self._chunks = ChunkGraphs(self._table, self._sample, buffers, kv_cache, enabled=bool(graph_sizes))
@@ -104,7 +104,12 @@ class Runner:
     @torch.inference_mode()
     def improve(self) -> bool:
         """Something that makes later steps faster, while there is nothing else to do; False when nothing is left."""
-        return self.graphs.capture_one() or self._chunks.capture_one()
+        return self._decodes.capture_one() or self._chunks.capture_one()
+
+    @torch.inference_mode()
+    def capture_largest(self) -> None:
+        """The graph that needs most memory, and no other."""
+        self._decodes.capture_largest()
 
     def improve_for(self, seconds: float) -> None:
         """The same until the time is over or nothing is left."""
@@ -142,11 +147,11 @@ class Runner:
 
     def _replay_decode(self, plan: StepPlan) -> "Callable[[float], StepResult] | None":
         """None where the step is not a pure decode, or there is no graph for it."""
-        if not self.graphs.largest or max(plan.counts) > 1 or not all(plan.samples):
+        if not self._decodes.largest or max(plan.counts) > 1 or not all(plan.samples):
             return None
         positions = [start + 1 for start in plan.starts]
         plain = self._sampler.is_plain(plan.slots, positions)
-        outputs = self.graphs.run(plan.slots, plan.starts, plain)
+        outputs = self._decodes.run(plan.slots, plan.starts, plain)
         if outputs is None:
             return None
         count = len(plan.slots)
@@ -177,11 +182,11 @@ class Runner:
 
     def _replay_chunks(self, plan: StepPlan) -> "Callable[[float], StepResult] | None":
         """None where the step is too large, or needs more than tokens."""
+        if not self._chunks.fits(plan) or self._prompts.any_in(plan.slots):
+            return None
         sampling = [i for i, wanted in enumerate(plan.samples) if wanted]
         slots = [plan.slots[i] for i in sampling]
         positions = [plan.starts[i] + plan.counts[i] for i in sampling]
-        if self._prompts.any_in(plan.slots):
-            return None
         if not self._sampler.is_plain(slots, positions):
             return None
         outputs = self._chunks.run(plan)
