@@ -41,12 +41,10 @@ class ExecutorConfig:
     dtype: str  # "bfloat16" | "float32"
     threads: int
     seed: int
-    graph_sizes: tuple[
-        int, ...
-    ] = ()  # sequences of a decode step that graphs are captured for; none: all is eager
-    quantization: str | None = (
-        None  # scheme of the layers' matrices (`xllm.ops.schemes`); none: they are in `dtype`
-    )
+    # sequences of a decode step that graphs are captured for; none: all is eager
+    graph_sizes: tuple[int, ...] = ()
+    # scheme of the layers' matrices (`xllm.ops.schemes`); none: they are in `dtype`
+    quantization: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

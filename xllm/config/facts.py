@@ -10,9 +10,8 @@ class Preferences:
     block_size: int  # tokens of a KV block
     max_num_seqs: int
     token_budget: int  # of a step; beyond it the arithmetic gains nothing and decoders wait longer
-    memory_share: (
-        float  # of --gpu-memory-utilization that the engine takes: less where others live in this memory
-    )
+    # of --gpu-memory-utilization that the engine takes: less where others live in this memory
+    memory_share: float
     graphs: bool = False  # a decode step can be captured and replayed as a whole
     measured: bool = False  # the KV cache is sized in the engine, by what a full step was seen to need
 
@@ -23,7 +22,7 @@ CPU_PREFERENCES = Preferences(block_size=16, max_num_seqs=64, token_budget=512, 
 
 @dataclass(frozen=True, slots=True)
 class DeviceFacts:
-    name: str  # "cpu" | "cuda"
+    name: str  # "cpu" | "cuda" | "reference"
     description: str  # e.g. "2 cores of AMD EPYC, avx512f avx512_bf16"
     cores: int  # physical cores this process may use
     total_bytes: int

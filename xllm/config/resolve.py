@@ -121,6 +121,7 @@ def _executor(
         draft.say(
             f"dtype {dtype}: {why}"
             + ("; half-precision floats run as bfloat16" if facts.dtype == "float16" else "")
+            + ("; products with quantised weights are in bfloat16" if quantization else "")
         )
     else:
         draft.say(f"dtype {dtype}: as asked")
@@ -129,7 +130,8 @@ def _executor(
         f"device {device.name}: {device.description}; {threads} threads: "
         + ("as asked" if asked.threads else "one a physical core")
     )
-    return ExecutorConfig(device=device.name, dtype=dtype, threads=threads, seed=asked.seed,
+    return ExecutorConfig(
+        device=device.name, dtype=dtype, threads=threads, seed=asked.seed,
         graph_sizes=_graph_sizes(asked, device, max_num_seqs, draft), quantization=quantization,
     )  # fmt: skip
 

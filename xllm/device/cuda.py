@@ -51,7 +51,7 @@ class CudaDevice:
         torch.backends.cudnn.allow_tf32 = False
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        # zeros, not garbage: some kernels read a tile before they know its length, and NaN times zero is NaN
+        # zeros, not garbage: kernels read whole tiles and mask them, and no mistake there may become a NaN
         return torch.zeros(shape, dtype=dtype, device=self.torch_device)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:

@@ -19,15 +19,12 @@ class AttentionInputs:
 
     query_starts: torch.Tensor  # [S + 1] int32: sequence s owns tokens query_starts[s] : query_starts[s + 1]
     context_lens: torch.Tensor  # [S] int32: tokens of s in the cache once this step's are written
-    block_table: (
-        torch.Tensor
-    )  # [S, W] int32, row-contiguous: block ids in sequence order; entries past the context are undefined
+    # [S, W] int32, row-contiguous: block ids in sequence order; entries past the context are undefined
+    block_table: torch.Tensor
     kv_slots: torch.Tensor  # [T] int64: block * P + offset, where each token's KV is written
     max_query_len: int
     max_context_len: int
-    num_decodes: int = (
-        0  # so many sequences at the front are known to have one query each; the others may too
-    )
+    num_decodes: int = 0  # sequences at the front known to have one query each; the others may have one too
     tiles: torch.Tensor | None = None  # [N, 2] int32, see `query_tiles`; where the device asks for them
 
 

@@ -86,9 +86,8 @@ def _prefill(
     inside_MD = (query_M < queries)[:, None] & (dims < HEAD_DIM)[None, :]
     q_ptrs = q_ptr + ((start + query_M).to(tl.int64) * Q_STRIDE + feature_M)[:, None] + dims[None, :]
     q_MD = tl.load(q_ptrs, mask=inside_MD, other=0.0)
-    lowest = (
-        before + first_query + first_row // GROUP
-    )  # the position of the first row's query, then of the last's
+    # the position of the first row's query, then of the last's
+    lowest = before + first_query + first_row // GROUP
     highest = before + tl.minimum(first_query + (first_row + ROWS - 1) // GROUP, queries - 1)
     position_M = lowest + (first_row % GROUP + tl.arange(0, ROWS)) // GROUP
     end = highest + 1
