@@ -81,6 +81,14 @@ def test_a_card_that_is_full_is_told_so(directory):
         measured(decided(directory, gpu_memory_utilization=0.5), Meter(free=10 * MIB, total=40 * MIB))
 
 
+def test_a_prompt_of_the_models_whole_length_fits_the_trial(directory):
+    """The trial gave each sequence one block more than a block table has columns."""
+    config = decided(directory, max_num_seqs=1, max_model_len=64, max_num_batched_tokens=64)
+    sized, (trial,) = measured(config, Meter(free=30 * MIB, total=40 * MIB))
+    assert trial.cache.num_blocks == 64 // config.cache.block_size
+    assert sized.cache.num_blocks > 0
+
+
 @pytest.mark.parametrize(("seqs", "budget"), [(6, 96), (1, 96), (8, 8), (5, 96), (3, 512)])
 def test_the_largest_step_uses_the_budget_and_every_slot(directory, seqs, budget):
     config = decided(directory, max_num_seqs=seqs, max_num_batched_tokens=budget)

@@ -29,7 +29,7 @@ def with_measured_cache(
     """
     scheduler = config.scheduler
     tokens = min(-(-scheduler.max_num_batched_tokens // scheduler.max_num_seqs), scheduler.max_model_len)
-    trial_blocks = blocks_of(tokens + 1, config.cache.block_size) + 1
+    trial_blocks = blocks_of(tokens, config.cache.block_size)
     trial = assemble(replace(config, cache=replace(config.cache, num_blocks=trial_blocks)))
     trial.run(largest_step(config, tokens, trial_blocks))
     trial.capture_largest()

@@ -178,7 +178,9 @@ class Int4Weight:
 def quantise_tokens(x_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """-> ([T, K] e4m3, [T] float32 scales): each token divided by its largest number / 448. Computed in float32."""
     x_TK = x_TK.float()
-    scales_T = x_TK.abs().amax(dim=1).clamp(min=SMALLEST) / FP8_MAX
+    largest_T = x_TK.abs().amax(dim=1).clamp(min=SMALLEST)
+    # by a tensor: on a card PyTorch multiplies by the rounded reciprocal of a Python number
+    scales_T = largest_T / torch.full_like(largest_T, FP8_MAX)
     return (x_TK / scales_T[:, None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scales_T
 
 
