@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xllm.device.table import open_device
-from xllm.executor.decode_graphs import DecodeGraphs
+from xllm.executor.decode_graphs import DecodeGraphs, longest_first
 from xllm.executor.graphs import GraphTable
 
 SPARE = 99
@@ -92,3 +92,7 @@ def test_forgotten_graphs_are_captured_again():
     before = len(step.seen)
     graphs.run([0], [1], sample=True)
     assert len(step.seen) > before
+
+
+def test_the_longest_contexts_come_first_and_equals_keep_their_order():
+    assert longest_first([5, 9, 5, 70, 1]).tolist() == [3, 1, 0, 2, 4]

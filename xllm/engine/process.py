@@ -1,6 +1,7 @@
 """The engine core as a process: `python -m xllm.engine.process`, started by `ProcessClient` and by nobody else."""
 
 import faulthandler
+import gc
 import os
 import shutil
 import signal
@@ -44,6 +45,7 @@ def main() -> None:
     try:
         startup_s: dict[str, float] = {}
         core, config = build_core(launch.config, channel, channel.send, startup_s)
+        gc.freeze()  # what is there stays: collections are to walk what steps leave behind, and nothing else
         channel.send(Ready(config=config, seconds=startup_s))
         stop = threading.Event()
         heart = threading.Thread(

@@ -31,7 +31,7 @@ class DecodeGraphs:
         return self._sizes[-1] if self._sizes else 0
 
     def run(
-        self, slots: Sequence[int], positions: Sequence[int], sample: bool
+        self, slots: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray, sample: bool
     ) -> tuple[torch.Tensor, ...] | None:
         """The step's outputs, whose first len(slots) rows count, good until the next replay. None where there is no
         graph for it: then the step runs eagerly."""
@@ -71,6 +71,12 @@ class DecodeGraphs:
             blank=lambda: self._blank(size),
             step=lambda tensors: self._step(tensors["slots"], tensors["positions"], sample),
         )
+
+
+def longest_first(positions: Sequence[int]) -> np.ndarray:
+    """[B] int64: the order of rows in which attention over contexts of uneven length ends soonest. Programs start in the
+    order of rows, and a long one that starts last runs alone."""
+    return np.argsort(-np.asarray(positions), kind="stable")
 
 
 def _met_most_first(sizes: Sequence[int]) -> Iterator[int]:

@@ -24,8 +24,8 @@ from xllm.ops.sampling import SlotNumbers
 from xllm.ops.table import Ops
 
 log = logging.getLogger(__name__)
-DECODES = (1, 2, 4, 8, 16, 32)  # sequences: those that take kernels of their own; more are as 32
-CHUNK = 128  # tokens of a prompt
+DECODES = (1, 8, 16, 32)  # sequences: up to these other kernels are taken; more are as 32
+CHUNKS = (2048, 128)  # tokens of a prompt, many and few for a card
 
 
 @contextmanager
@@ -69,11 +69,14 @@ class Rehearsal:
         self.width = -(-config.scheduler.max_model_len // cache.block_size)
 
     def run(self) -> None:
+        """What takes longest to compile comes first."""
         model = self._model()
+        longest = self.config.scheduler.max_model_len
+        for tokens in dict.fromkeys(min(tokens, longest) for tokens in CHUNKS):
+            self._step(model, self._chunk(tokens))
         for count in DECODES:
             if count <= self.config.scheduler.max_num_seqs:
                 self._decode(model, count)
-        self._step(model, self._chunk())
 
     def _model(self) -> Model:
         """The first layers, one of each kind of window, over weights that share their memory."""
@@ -98,21 +101,23 @@ class Rehearsal:
         logits = self._step(model, Forward(slots, slots, inputs, self.kv_cache, None))
         if self.ops.sample is not None:
             self.ops.sample(logits, slots, slots, _numbers(), tokens)
+            if count == DECODES[0]:  # edited logits are float32
+                self.ops.sample(logits.float(), slots, slots, _numbers(), tokens)
 
     def _step(self, model: Model, fwd: Forward) -> torch.Tensor:
         return model.logits(model.forward(fwd))
 
-    def _chunk(self) -> Forward:
+    def _chunk(self, tokens: int) -> Forward:
         """A prompt of one sequence beside one decode."""
-        ids = torch.zeros(CHUNK + 1, dtype=torch.int64)
+        ids = torch.zeros(tokens + 1, dtype=torch.int64)
         inputs = AttentionInputs(
-            query_starts=torch.tensor([0, 1, CHUNK + 1], dtype=torch.int32),
-            context_lens=torch.tensor([1, CHUNK], dtype=torch.int32),
+            query_starts=torch.tensor([0, 1, tokens + 1], dtype=torch.int32),
+            context_lens=torch.tensor([1, tokens], dtype=torch.int32),
             block_table=torch.zeros((2, self.width), dtype=torch.int32), kv_slots=ids,
-            max_query_len=CHUNK, max_context_len=CHUNK, num_decodes=1,
+            max_query_len=tokens, max_context_len=tokens, num_decodes=1,
             tiles=torch.tensor([[1, 0]], dtype=torch.int32),
         )  # fmt: skip
-        return Forward(ids, ids, inputs, self.kv_cache, torch.tensor([0, CHUNK]))
+        return Forward(ids, ids, inputs, self.kv_cache, torch.tensor([0, tokens]))
 
 
 def _shared(parameters: tuple[Parameter, ...], dtype: torch.dtype, ops: Ops) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ from xllm.core.stats import ExecutorStats
 from xllm.device.table import Device, Mark
 from xllm.executor.buffers import InputBuffers
 from xllm.executor.chunk_graphs import ChunkGraphs
-from xllm.executor.decode_graphs import DecodeGraphs
+from xllm.executor.decode_graphs import DecodeGraphs, longest_first
 from xllm.executor.graphs import GraphTable
 from xllm.executor.prompt_scores import Pending, PromptScores
 from xllm.executor.sampling import Fetched, Sampled, Sampler
@@ -149,18 +149,19 @@ class Runner:
         """None where the step is not a pure decode, or there is no graph for it."""
         if not self._decodes.largest or max(plan.counts) > 1 or not all(plan.samples):
             return None
-        positions = [start + 1 for start in plan.starts]
-        plain = self._sampler.is_plain(plan.slots, positions)
-        outputs = self._decodes.run(plan.slots, plan.starts, plain)
+        plain = self._sampler.is_plain(plan.slots, [start + 1 for start in plan.starts])
+        order = longest_first(plan.starts)
+        slots = np.asarray(plan.slots)[order]
+        starts = np.asarray(plan.starts)[order]
+        outputs = self._decodes.run(slots, starts, plain)
         if outputs is None:
             return None
-        count = len(plan.slots)
         if plain:
-            token_ids, usable = outputs
-            sampled = Sampled(token_ids[:count], usable[:count], [])
+            token_ids, usable = (output[: len(order)] for output in outputs)
+            sampled = Sampled(token_ids, usable, [])
         else:
-            sampled = self._sample_logits(outputs[0][:count], plan.slots, positions)
-        return self._finish(plan, range(count), sampled.fetch(self._device))
+            sampled = self._sample_logits(outputs[0][: len(order)], slots.tolist(), (starts + 1).tolist())
+        return self._finish(plan, order.tolist(), sampled.fetch(self._device))
 
     def _decode(
         self, slots_B: torch.Tensor, positions_B: torch.Tensor, sample: bool

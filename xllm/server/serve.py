@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -79,6 +80,7 @@ async def serve(
         server = HttpServer(create_app(engine, options, asked), options)
         url = address(options.host, listener)
         server.on_started = lambda: console.ready(url, server.state, time.monotonic() - begin)
+        gc.freeze()  # what is there stays: collections are to walk what requests leave behind, and nothing else
         lost = asyncio.create_task(engine.wait_lost())
         lost.add_done_callback(lambda task: None if task.cancelled() else server.stop())
         await server.run_until_stopped(listener)

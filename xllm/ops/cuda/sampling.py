@@ -135,12 +135,12 @@ def _surveyed(masses_ptr, maxima_N, best, scale, N: tl.constexpr):
     return (masses_N * tl.exp2((maxima_N - best) * scale)).to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["feed_stride"])
 def _choose(
     logits_ptr, logits_stride, vocab, slots_ptr, positions_ptr,
     starts_ptr, inv_temperature_ptr, min_p_ptr, top_p_ptr, top_k_ptr,
     maxima_ptr, masses_ptr, list_ptr, groups_ptr, values_ptr, ids_ptr, tokens_ptr, usable_ptr, feed_ptr, feed_stride,
-    FEED: tl.constexpr, SHIFT: tl.constexpr,
+    SHIFT: tl.constexpr,
     N: tl.constexpr, B: tl.constexpr, M: tl.constexpr, C: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
     J: tl.constexpr,
 ):  # fmt: skip
@@ -197,7 +197,8 @@ def _choose(
             )  # fmt: skip
     tl.store(tokens_ptr + row, token)
     tl.store(usable_ptr + row, usable)
-    if FEED:
+    # a branch and no constant: with two kernels the first step of the other kind would wait for a compiler
+    if feed_stride > 0:
         tl.store(feed_ptr + slot * feed_stride + position, token)
 
 
@@ -226,7 +227,7 @@ def sample(
         numbers.starts, numbers.inv_temperature, numbers.min_p, numbers.top_p, numbers.top_k,
         room.maxima_RN, room.masses_RN, room.list_RN, room.groups_RK, room.values_RK, room.ids_RK, token_ids_R, usable_R,
         token_ids_R if feed_SL is None else feed_SL, 0 if feed_SL is None else feed_SL.stride(0),
-        FEED=feed_SL is not None, SHIFT=16 if logits_RV.dtype == torch.bfloat16 else 0,
+        SHIFT=16 if logits_RV.dtype == torch.bfloat16 else 0,
         N=N, B=BROAD, M=TILE, C=CHUNK, K=CANDIDATES, G=GROUPS, J=COMPARED, num_warps=CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS,
     )  # fmt: skip
     return token_ids_R, usable_R
