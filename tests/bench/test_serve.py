@@ -64,6 +64,21 @@ async def test_the_key_goes_into_a_header(api, monkeypatch):
     assert "secret" not in json.dumps(result)
 
 
+async def test_some_hang_up_in_the_middle():
+    data = dataclasses.replace(DATA, num_prompts=40, random_output_len=20)
+    with FakeApi(delay_s=0.01) as api:
+        result = await measure(options(api, cancel_share=0.5), data)
+        again = await measure(options(api, cancel_share=0.5), data)
+    assert 8 < result["cancelled"] < 32
+    assert result["cancelled"] == again["cancelled"], "the seed decides who hangs up"
+    assert (result["completed"], result["failed"]) == (40 - result["cancelled"], 0)
+    assert result["total_output_tokens"] == 20 * result["completed"]
+
+
+async def test_nobody_hangs_up_unasked(api):
+    assert (await measure(options(api), DATA))["cancelled"] == 0
+
+
 async def test_a_trace_sets_its_own_times(api, tmp_path):
     path = tmp_path / "trace.jsonl"
     lines = [{"timestamp": t, "input_length": 5, "output_length": 2} for t in (0, 50, 200)]
@@ -152,6 +167,7 @@ async def test_no_server_is_one_sentence():
         ({"metric_percentiles": "abc"}, "write numbers"),
         ({"metric_percentiles": "101"}, "between 0 and 100"),
         ({"request_rate": 0.0}, "must be positive"),
+        ({"cancel_share": 1.5}, "between 0 and 1"),
         ({"base_url": "nowhere"}, "not an http"),
     ],
 )

@@ -1,6 +1,8 @@
 """One streamed request to an OpenAI-style API, seen from the client."""
 
+import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +21,7 @@ class Ask:
     prompt_tokens: int  # as far as we know; the server's own count wins
     max_tokens: int
     at: float | None = None  # seconds from the start, where the data set brings its own times
+    hang_up_after: int | None = None  # pieces of the answer after which the connection is closed
 
 
 class _Delta(msgspec.Struct):
@@ -53,10 +56,13 @@ _frames = msgspec.json.Decoder(_Frame)
 
 
 class Stream:
-    """Collects one response. `take` is called with every piece of the body."""
+    """Collects one response. `take` is called with every piece of the body, `on_enough` once so many tokens are there."""
 
-    def __init__(self, record: Record):
+    def __init__(
+        self, record: Record, enough: int | None = None, on_enough: Callable[[], object] = lambda: None
+    ):
         self.record = record
+        self._enough, self._on_enough = enough, on_enough
         self._sse = SseParser()
         self._failed = bytearray()
         self._text: list[str] = []
@@ -67,6 +73,8 @@ class Stream:
             return
         for data in self._sse.feed(piece):
             self._frame(data, now)
+        if self._enough is not None and len(self.record.arrivals) >= self._enough:
+            self._on_enough()
 
     def finish(self, status: int, now: float) -> Record:
         record = self.record
@@ -126,10 +134,19 @@ def request_body(ask: Ask, *, backend: str, model: str, temperature: float | Non
 async def complete(client: HttpClient, request: bytes, ask: Ask) -> Record:
     """Never raises for what a server or a network does; the record's `error` says it."""
     record = Record(start=time.perf_counter(), prompt_tokens=ask.prompt_tokens)
-    stream = Stream(record)
+    answered: asyncio.Task[int] | None = None
+
+    def hang_up() -> None:
+        assert answered is not None
+        record.cancelled = answered.cancel()  # which closes the connection
+
+    stream = Stream(record, ask.hang_up_after, hang_up)
     try:
-        status = await client.stream(request, stream.take)
-        stream.finish(status, time.perf_counter())
+        answered = asyncio.create_task(client.stream(request, stream.take))
+        stream.finish(await answered, time.perf_counter())
+    except asyncio.CancelledError:
+        if not record.cancelled:
+            raise
     except TimeoutError:
         record.error = "timed out"
     except OSError as e:

@@ -30,6 +30,7 @@ class Record:
     output_tokens: int = 0
     text: str = ""
     error: str | None = None
+    cancelled: bool = False  # hung up on, as was asked for: neither a success nor a failure
 
     @property
     def ttft(self) -> float:
@@ -79,14 +80,16 @@ def summarise(
     goodput_ms: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Result keys and units are those of `vllm bench serve`."""
-    done = [r for r in records if r.error is None]
+    done = [r for r in records if r.error is None and not r.cancelled]
+    cancelled = sum(r.cancelled for r in records)
     tokens_in = sum(r.prompt_tokens for r in done)
     tokens_out = sum(r.output_tokens for r in done)
     good = sum(is_good(r, goodput_ms) for r in done) if goodput_ms else None
     result: dict[str, Any] = {
         "duration": duration,
         "completed": len(done),
-        "failed": len(records) - len(done),
+        "failed": len(records) - len(done) - cancelled,
+        "cancelled": cancelled,
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
         "request_throughput": len(done) / duration,
@@ -152,6 +155,7 @@ def banner(result: Mapping[str, Any], shown: Sequence[str], percentiles: Sequenc
 
     row("Successful requests:", result["completed"])
     row("Failed requests:", result["failed"])
+    row("Cancelled requests:", result.get("cancelled") or None)
     row("Maximum request concurrency:", result.get("max_concurrency"))
     rate = result.get("request_rate")
     row("Request rate configured (RPS):", rate if isinstance(rate, float) else None)

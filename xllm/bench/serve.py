@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ async def measure(options: ServeBenchOptions, data: DatasetOptions) -> dict[str,
     goodput = parse_goodput(options.goodput)
     _metric_names(options)  # wrong names are refused before the load, not after it
     percentiles = _percentiles(options)
+    if not 0 <= options.cancel_share <= 1:
+        raise ConfigError("--cancel-share is a share: between 0 and 1")
     base_url = options.base_url or f"http://{options.host}:{options.port}"
     headers = {}
     if key := os.environ.get("OPENAI_API_KEY"):
@@ -57,7 +60,7 @@ async def measure(options: ServeBenchOptions, data: DatasetOptions) -> dict[str,
     async with client:
         model, root = await _model(client, options)
         vocabulary = load_vocabulary(options.tokenizer, root, model, as_ids=options.backend == "openai")
-        asks = datasets.load(data, vocabulary, options.seed)
+        asks = _with_cancels(datasets.load(data, vocabulary, options.seed), options)
         records, duration = await _drive(client, options, model, asks)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
@@ -134,6 +137,17 @@ async def _drive(
     duration = time.perf_counter() - start
     bar.close()
     return records, duration
+
+
+def _with_cancels(asks: Sequence[Ask], options: ServeBenchOptions) -> Sequence[Ask]:
+    """Some of them, drawn from the seed, hang up after a part of their answer drawn as well."""
+    draw = random.Random(f"cancels {options.seed}")
+    return [
+        replace(ask, hang_up_after=draw.randint(1, max(1, ask.max_tokens - 1)))
+        if draw.random() < options.cancel_share
+        else ask
+        for ask in asks
+    ]
 
 
 def _times(options: ServeBenchOptions, asks: Sequence[Ask]) -> Sequence[float]:
