@@ -29,7 +29,7 @@ from benchmarks.cuda_products import (
 from xllm.ops import activation, attention, few, inputs, norm, rotary, sampling
 from xllm.ops.attention import AttentionInputs, query_tiles
 from xllm.ops.cuda import activation as activation_kernel
-from xllm.ops.cuda import attention_plan, decode_attention, few_attention, prefill_attention
+from xllm.ops.cuda import attention_plan, decode_attention, dense_attention, few_attention, prefill_attention
 from xllm.ops.cuda import norm as norm_kernel
 from xllm.ops.cuda import rotary as rotary_kernel
 from xllm.ops.cuda import sampling as sampling_kernels
@@ -40,8 +40,10 @@ DECODES = (
 )  # sequences, context  # fmt: skip
 FEW_DECODES = ((1, 600), (1, 4096), (1, 16384), (2, 600), (4, 600), (8, 600))
 PROMPTS = (
-    (1, 8192, 8192), (8, 1024, 1024), (1, 2048, 8192), (1, 512, 512), (64, 128, 128), (16, 128, 2176),
+    (1, 8192, 8192), (1, 4096, 4096), (8, 1024, 1024), (1, 2048, 8192), (1, 512, 512),
+    (64, 128, 128), (16, 128, 2176),
 )  # sequences, queries of each, context  # fmt: skip
+TRITON = (dense_attention, "fits", lambda *_: False)  # nothing through cuDNN
 SAMPLINGS = {  # inverse temperature, top-k, top-p
     "greedy": (0.0, 0, 1.0),
     "temperature": (1.25, 0, 1.0),
@@ -197,6 +199,8 @@ def _attention(scope: Scope, sequences: int, queries: int, context: int, variant
             read=lambda out: out.transpose(1, 2).flatten(2).flatten(0, 1)[rows],
         )  # fmt: skip
         peers = [contiguous]
+        if sequences == 1:
+            peers.append(replace(way, name="triton", settings=(TRITON,)))
     return Case(
         "attention", f"{sequences} x {queries} of {context}", [way, *peers, *scope.vary(way, variants)],
         lambda: attention.attention(q[rows].float(), cache, 0, these, scale, None),
@@ -223,16 +227,18 @@ def decode_cases(scope: Scope) -> Iterator[Case]:
 
 
 def prompt_cases(scope: Scope) -> Iterator[Case]:
+    """Variants are those of our kernel."""
+
     def variants() -> Found:
         pointers = (prefill_attention, "can_use_descriptors", always(False))
-        yield "pointers", (pointers,)
+        yield "pointers", (TRITON, pointers)
         cut = attention_plan.prefill_tiling(scope.model.head_dim, torch.bfloat16)
         wide = replace(cut, rows=256, warps=8)
         others = neighbours(cut, stages=(2, 3, 4), warps=(4, 8), rows=(64, 128), keys=(32, 64))
         for name, other in chain(others, [("rows 256, warps 8", wide)]):
             setting = (prefill_attention, "prefill_tiling", always(other))
-            yield name, (setting,)
-            yield f"pointers, {name}", (setting, pointers)
+            yield name, (TRITON, setting)
+            yield f"pointers, {name}", (TRITON, setting, pointers)
 
     for sequences, queries, context in scope.cut(PROMPTS, 3, 150, 150):
         yield _attention(scope, sequences, queries, context, variants())

@@ -65,10 +65,16 @@ def check(given: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 def exactly(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
-    wide = None if bias is None else bias.double()
-    if isinstance(weight, Fp8Weight) and x.shape[0] > card.KEPT_TOKENS:
+    """With numbers rounded to the dtype of x where tensor cores take them so: those of 4 bits for several tokens, those
+    of 8 bits where they are dequantised ahead of the product. Elsewhere they are exact, scaled in float32."""
+    wide, tokens = None if bias is None else bias.double(), x.shape[0]
+    if isinstance(weight, Fp8Weight) and tokens > card.KEPT_TOKENS:
         return reference.fp8_linear(x.double(), weight, wide)
-    return torch.nn.functional.linear(x.double(), weight.dequantise().double(), wide)
+    numbers = weight.dequantise()
+    least = {Int4Weight: 2, Int8Weight: card.TILED_TOKENS + 1}.get(type(weight))
+    if least is not None and tokens >= least:
+        numbers = numbers.to(x.dtype)
+    return torch.nn.functional.linear(x.double(), numbers.double(), wide)
 
 
 @DTYPES

@@ -1,10 +1,13 @@
-"""How weights are cut for a card: what was measured stays chosen, and no shape gets a cut that cannot work."""
+"""How weights and attention are cut for a card: what was measured stays chosen, and no shape gets a cut that cannot work."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm.ops.cuda import tiling
+from tests.ops.cases import paged, tiled
+from xllm.ops.cuda import attention_plan, tiling
+from xllm.ops.table import is_available
 
 SHAPES = st.integers(1, 200_000), st.integers(1, 40_000)
 SHARED_MEMORY = 227 * 1024  # of a program, on Hopper
@@ -14,14 +17,14 @@ SHARED_MEMORY = 227 * 1024  # of a program, on Hopper
     ("rows", "columns", "gated", "rows_tile_warps_ahead"),
     [
         (4096, 1024, False, (8, 1024, 4, 1)),  # Qwen3-0.6B: query, key and value
-        (1024, 2048, False, (8, 1024, 4, 2)),  # attention's output
-        (3072, 1024, True, (4, 512, 4, 1)),  # gate and up
-        (1024, 3072, False, (4, 1024, 8, 3)),  # down
+        (1024, 2048, False, (8, 2048, 4, 1)),  # attention's output
+        (3072, 1024, True, (4, 512, 2, 1)),  # gate and up
+        (1024, 3072, False, (4, 1024, 4, 3)),  # down
         (151936, 1024, False, (8, 512, 4, 2)),  # vocabulary
-        (6144, 4096, False, (8, 1024, 4, 3)),  # Qwen3-8B, likewise
-        (4096, 4096, False, (8, 1024, 4, 3)),
-        (12288, 4096, True, (8, 1024, 4, 1)),
-        (4096, 12288, False, (4, 1024, 4, 3)),
+        (6144, 4096, False, (4, 1024, 4, 3)),  # Qwen3-8B, likewise
+        (4096, 4096, False, (8, 1024, 4, 1)),
+        (12288, 4096, True, (8, 1024, 4, 0)),
+        (4096, 12288, False, (4, 1024, 2, 3)),
         (151936, 4096, False, (8, 1024, 4, 3)),
     ],
 )
@@ -57,7 +60,7 @@ def test_skinny_products_keep_what_was_measured(
 def test_a_gemv_never_reads_ahead_of_the_row(tokens: int, rows: int, columns: int, gated: bool) -> None:
     cut = tiling.gemv(tokens, rows, columns, gated)
     tiles = tiling.programs_for(columns, cut.tile)
-    assert 1 <= cut.ahead <= cut.unrolled <= tiles
+    assert 0 <= cut.ahead <= cut.unrolled <= tiles
     assert cut.tile == tiling.padded(cut.tile) and cut.tile % cut.fold == 0
     if tokens == 1:
         assert cut.unrolled == tiles
@@ -80,3 +83,62 @@ def test_programs_and_padding(count: int, each: int) -> None:
     programs = tiling.programs_for(count, each)
     assert (programs - 1) * each < count <= programs * each
     assert tiling.padded(count) // 2 < count <= tiling.padded(count)
+
+
+def test_few_sequences_go_by_small_tiles() -> None:
+    for group, head_dim in ((2, 128), (4, 128), (16, 64)):
+        few, many = (
+            attention_plan.decode_tiling(group, head_dim, torch.bfloat16, sequences) for sequences in (16, 17)
+        )
+        assert (few.keys, few.warps, few.stages) == (32, 2, 4)
+        assert (many.keys, many.warps, many.stages) == (64, 4, 3)
+    for group, head_dim, dtype in (
+        (2, 128, torch.float32),
+        (2, 256, torch.bfloat16),
+        (17, 128, torch.bfloat16),  # two warps have no registers for more query heads
+    ):
+        few, many = (attention_plan.decode_tiling(group, head_dim, dtype, sequences) for sequences in (1, 17))
+        assert few == many
+
+
+@pytest.mark.parametrize(
+    ("q_heads", "tokens", "rows"),
+    [
+        (16, 512, 64),  # Qwen3-0.6B: 64 programs of 128 rows would be
+        (16, 1024, 64),
+        (16, 2048, 128),
+        (16, 64 * 128, 128),
+        (32, 512, 64),  # 8B
+        (32, 1024, 128),
+        (32, 8 * 1024, 128),
+    ],
+)
+def test_short_prompts_go_by_fewer_rows(q_heads: int, tokens: int, rows: int) -> None:
+    share = -(-tokens * q_heads // 132)
+    assert attention_plan.prefill_tiling(128, torch.bfloat16, share).rows == rows
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not is_available("cuda"), reason="Triton can run on this machine neither with nor without a card"
+)
+def test_attention_cut_otherwise_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for few sequences and short prompts, then as for many and long ones."""
+    from xllm.ops.cuda import decode_attention, prefill_attention
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        cache, inputs = paged(
+            [1, 1, 130, 40], [1, 700, 300, 40], block_size=64, heads=2, head_dim=128, dtype=torch.bfloat16
+        )
+        q = torch.randn(172, 8, 128).to(torch.bfloat16)
+        given = [torch.zeros(172, 8 * 128, dtype=torch.bfloat16) for _ in range(2)]
+        inputs = tiled(inputs, attention_plan.QUERY_TILE)
+    for out in given:
+        decode_attention.decode_attention(q, cache, 1, inputs, 0.1, None, out)
+        prefill_attention.prefill_attention(q, cache, 1, inputs, 0.1, None, out)
+        monkeypatch.setattr(attention_plan, "FEW_SEQUENCES", 0)
+        monkeypatch.setattr(prefill_attention, "multiprocessors", lambda device: 1)
+    few, many = (out.float() for out in given)
+    assert not few.isnan().any() and few.abs().amax(1).all()  # no row is left out
+    assert (few - many).abs().max() <= 2.0**-7 * few.abs().max()

@@ -1,7 +1,7 @@
 """How attention over paged KV is cut for a card: tiles, splits and the choice of path. Integers only, no Triton.
 
 A *tile* is what one matrix product takes of the keys, a *split* one program's share of a sequence's tiles. The figures
-were chosen for an H200 (132 multiprocessors) with bfloat16, head size 128 and blocks of 16 to 128 tokens.
+were measured on an H200 (132 multiprocessors) with bfloat16, 8 KV heads of size 128 and blocks of 64 tokens.
 """
 
 import math
@@ -12,6 +12,8 @@ import torch
 LOG2_E = math.log2(math.e)
 QUERY_TILE = 128  # queries in a tile of `AttentionInputs.tiles`
 MAX_SPLITS = 64
+FEW_SEQUENCES = 16  # of a decode step
+PREFILL_ROWS = 128  # of a tile, where all multiprocessors have some
 COMBINED = 8192  # numbers of partial results that are added up at once, held in registers
 
 
@@ -34,20 +36,32 @@ def next_power_of_two(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def decode_tiling(group: int, head_dim: int, dtype: torch.dtype) -> Tiling:
-    """One query against many keys: bound by memory, so deep rather than wide."""
-    wide = padded(head_dim) > 128
+def decode_tiling(group: int, head_dim: int, dtype: torch.dtype, sequences: int | None = None) -> Tiling:
+    """One query against many keys: bound by memory, so deep rather than wide. `sequences`: None for many.
+
+    Few sequences are many splits of few tiles each, and each waits for its own: small tiles and programs let more of
+    them wait at a time. With many sequences loads are under way anyway, and larger tiles cost fewer instructions.
+    """
+    wide, rows = padded(head_dim) > 128, padded(group)
     if dtype == torch.float32:
-        return Tiling(keys=16 if wide else 32, rows=padded(group), warps=4, stages=2)
-    return Tiling(keys=32 if wide else 64, rows=padded(group), warps=4, stages=3)
+        return Tiling(keys=16 if wide else 32, rows=rows, warps=4, stages=2)
+    few = sequences is not None and sequences <= FEW_SEQUENCES
+    if few and rows == 16 and not wide:  # two warps have no registers for more
+        return Tiling(keys=32, rows=rows, warps=2, stages=4)
+    return Tiling(keys=32 if wide else 64, rows=rows, warps=4, stages=3)
 
 
-def prefill_tiling(head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Bound by arithmetic. float32 goes without tensor cores (they would round), where tiles only cost registers."""
+def prefill_tiling(head_dim: int, dtype: torch.dtype, share: int | None = None) -> Tiling:
+    """Bound by arithmetic. float32 goes without tensor cores (they would round), where tiles only cost registers.
+
+    share: rows that there are for each multiprocessor, None for many. What one tile of many rows would hold is better
+    spread over two: they run beside each other, and each takes less time from key tile to key tile.
+    """
     wide = padded(head_dim) > 128
     if dtype == torch.float32:
         return Tiling(keys=16 if wide else 32, rows=32, warps=4, stages=2)
-    return Tiling(keys=64, rows=64 if wide else 128, warps=4, stages=2)
+    short = share is not None and share <= PREFILL_ROWS
+    return Tiling(keys=64, rows=64 if wide or short else PREFILL_ROWS, warps=4, stages=2)
 
 
 def count_splits(

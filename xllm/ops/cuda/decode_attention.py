@@ -131,7 +131,7 @@ def decode_attention(
     tokens, q_heads, head_dim = q_TQD.shape
     block_size, kv_heads = kv_cache.shape[3:5]
     group, sequences = q_heads // kv_heads, inputs.num_decodes
-    tiling = decode_tiling(group, head_dim, q_TQD.dtype)
+    tiling = decode_tiling(group, head_dim, q_TQD.dtype, sequences)
     longest = inputs.max_context_len if window is None else min(inputs.max_context_len, window + tiling.keys)
     splits = count_splits(sequences, kv_heads, longest, multiprocessors(q_TQD.device), tiling.keys)
     space = workspace(q_TQD.device, group, head_dim)

@@ -186,7 +186,7 @@ def rope_cache_attention(
     tokens, width = qkv_TE.shape
     block_size, kv_heads, head_dim = kv_cache.shape[3:]
     group = width // head_dim // kv_heads - 2
-    tiling = decode_tiling(group, head_dim, qkv_TE.dtype)
+    tiling = decode_tiling(group, head_dim, qkv_TE.dtype, tokens)
     longest = inputs.max_context_len if window is None else min(inputs.max_context_len, window + tiling.keys)
     splits = count_splits(
         tokens, kv_heads, longest, multiprocessors(qkv_TE.device), tiling.keys, most=MAX_SPLITS
@@ -204,7 +204,8 @@ def rope_cache_attention(
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, ROTATED=cos_sin_MR.shape[1],
         BLOCK=block_size, BLOCK_STRIDE=kv_cache.stride(0), LAYER_STRIDE=kv_cache.stride(1),
         NORM=q_norm_D is not None, EPS=eps, SCALE=scale * LOG2_E, WINDOW=window or 0,
-        ROWS=tiling.rows, DIM=padded(head_dim), TILE=tiling.keys, STAGES=tiling.stages,
+        ROWS=tiling.rows, DIM=padded(head_dim), TILE=tiling.keys,
+        STAGES=tiling.stages - 1,  # the first tile is on its way before the loop
         HEADS=next_power_of_two(group), PASS=splits_per_pass(group, head_dim),
         warps=tiling.warps, pdl=uses_pdl(tokens),
     )  # fmt: skip

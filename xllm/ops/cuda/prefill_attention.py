@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from xllm.ops.attention import AttentionInputs
 from xllm.ops.cuda.attention_plan import LOG2_E, QUERY_TILE, can_use_descriptors, padded, prefill_tiling
+from xllm.ops.cuda.decode_attention import multiprocessors
 from xllm.ops.cuda.key_tiles import LOWEST, average, fold, load_blocks, load_tile, tile_pointers
 from xllm.ops.cuda.launch import launch
 
@@ -150,10 +151,13 @@ def prefill_attention(
 ) -> None:
     """Attention of the queries in `inputs.tiles`, into their rows of `out_TE`. `descriptors`: force or forbid them."""
     assert inputs.tiles is not None
-    _, q_heads, head_dim = q_TQD.shape
+    tokens, q_heads, head_dim = q_TQD.shape
     blocks, layers, _, block_size, kv_heads, _ = kv_cache.shape
     group = q_heads // kv_heads
-    tiling = prefill_tiling(head_dim, q_TQD.dtype)
+    # a graph has tiles to spare, which end at once; elsewhere some queries may have no tile
+    queries = min(tokens - inputs.num_decodes, QUERY_TILE * inputs.tiles.shape[0])
+    share = -(-queries * q_heads // multiprocessors(q_TQD.device))
+    tiling = prefill_tiling(head_dim, q_TQD.dtype, share)
     row_tiles = -(-min(QUERY_TILE, inputs.max_query_len) * group // tiling.rows)
     cache_rows = blocks * layers * 2 * block_size
     if descriptors is None:

@@ -83,14 +83,17 @@ def _few_byte_tokens(
 def by_parts(
     x_TK: torch.Tensor, weight: Int8Weight | Int4Weight, bias_N: torch.Tensor | None, y_TN: torch.Tensor
 ) -> None:
-    """y = x weight^T + bias, so many rows of the weight at a time that their floats stay few."""
+    """y = x weight^T + bias, so many rows of the weight at a time that their floats stay few.
+
+    The weight's numbers are rounded to the dtype of x once dequantised; the bias is added before y is rounded.
+    """
+    if bias_N is not None:
+        y_TN.copy_(bias_N)
     step = max(1, PART // weight.columns // PART_STEP) * PART_STEP
     for first in range(0, weight.rows, step):
         last = min(first + step, weight.rows)
         part_RK = dequantise(weight, first, last, x_TK.dtype)
-        torch.mm(x_TK, part_RK.T, out=y_TN[:, first:last])
-    if bias_N is not None:
-        y_TN += bias_N
+        y_TN[:, first:last].addmm_(x_TK, part_RK.T, beta=0 if bias_N is None else 1)
 
 
 def interpreted() -> bool:

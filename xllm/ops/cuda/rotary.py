@@ -15,6 +15,10 @@ from xllm.ops.cuda.launch import Kernel, trigger, uses_pdl, wait
 from xllm.ops.cuda.tiling import padded, programs_for
 
 HEADS = 8  # of a program: with 128 features 8 per thread, 16 bytes of bfloat16
+MANY_HEADS = (
+    16  # where tokens are so many that the card is full anyway: 8192 take 39 us so, and 46 with 8 heads
+)
+MANY_TOKENS = 256
 
 
 def rope_and_cache(
@@ -37,8 +41,9 @@ def rope_and_cache(
     else:
         normed = True
     q_TQD = qkv_TE.new_empty((tokens, q_heads, head_dim))
+    heads = HEADS if tokens < MANY_TOKENS else MANY_HEADS
     _kernel(
-        tokens * programs_for(q_heads + 2 * kv_heads, HEADS),
+        tokens * programs_for(q_heads + 2 * kv_heads, heads),
         qkv_TE,
         positions_T,
         cos_sin_MR,
@@ -57,7 +62,7 @@ def rope_and_cache(
         NORM=normed,
         BLOCK_SIZE=block_size,
         STRIDES=kv_cache.stride(),
-        G=HEADS,
+        G=heads,
         PAIRS=padded(rotated // 2),
         STAY=padded(head_dim - rotated) if rotated < head_dim else 0,
     )

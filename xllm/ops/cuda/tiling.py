@@ -1,7 +1,7 @@
 """How rows and weights are cut for a card: tiles, programs, and why so. Integers only, no Triton.
 
-The figures were chosen on an H200 (132 multiprocessors, 4.3 TB/s) with bfloat16 at the shapes of Qwen3-0.6B and 8B, each
-within a decode step. Attention has its own (`attention_plan`).
+The figures were measured on an H200 (132 multiprocessors, 4.3 TB/s) with bfloat16 at the shapes of Qwen3-0.6B and 8B, each
+within a decode step; for shapes between and beyond they follow the reason. Attention has its own (`attention_plan`).
 """
 
 import functools
@@ -11,6 +11,7 @@ SKINNY_TOKENS = 16  # more are cuBLAS's
 MULTIPROCESSORS = 128  # at least so many are to have work
 MANY_ROWS = 6144  # a weight of so many rows gives programs enough, however it is cut
 MAX_SPLITS = 4
+AT_ONCE = 4096  # rows under way at a time: 4 programs of 8 on each multiprocessor, registers permitting
 SPLIT_ROWS = 32  # rows of a program whose columns are split, at most
 SPLIT_PROGRAMS = MANY_ROWS // 16 * MAX_SPLITS  # programs whose columns are split, at most
 
@@ -58,22 +59,35 @@ def norm_warps(columns: int) -> int:
 def gemv(tokens: int, rows: int, columns: int, gated: bool) -> Gemv:
     """For a weight of so many rows, or so many in each half where gated."""
     if tokens > 1:
-        # Tiles of 256 columns give every warp rows of its own, so few sums cross lanes and none crosses warps. By
-        # arithmetic, not measured.
-        per_program = 16 if rows >= 4096 and not gated else 8
-        return Gemv(per_program, _tile(columns, 256), warps=4, ahead=1, unrolled=1, fold=8)
-    per_program, most, warps = 8, 1024, 4  # what is best for most weights; but
-    if columns <= 1024 and gated:
-        per_program, most = 4, 512  # two halves: as many loads per program as for one of 8 rows
-    elif columns <= 1024 and rows > 65536:
-        most = 512  # a vocabulary is bound by bytes alone: smaller programs, more of them at a time
-    elif columns > 8192:
-        per_program = 4  # long rows: the last programs of 8 would run alone for long
-    elif columns > 2048 and rows <= 2048:
-        per_program, warps = 4, 8  # few rows: programs of 8 would leave multiprocessors without work
+        # Tiles of 256 columns give every warp rows of its own, so few sums cross lanes and none crosses warps.
+        return Gemv(16 if rows > 2048 else 8, _tile(columns, 256), warps=4, ahead=1, unrolled=1, fold=8)
+    per_program, most, warps, ahead = _one_token(rows, columns, gated)
     tile = _tile(columns, most)
     tiles = programs_for(columns, tile)
-    return Gemv(per_program, tile, warps, ahead=min(1 if gated else 3, tiles), unrolled=tiles)
+    return Gemv(per_program, tile, warps, min(ahead, tiles), unrolled=tiles)
+
+
+def _one_token(rows: int, columns: int, gated: bool) -> tuple[int, int, int, int]:
+    """(rows of a program, columns of a tile at most, warps, tiles ahead).
+
+    More rows and more tiles ahead are more loads on their way in a program and more registers, so fewer programs at a
+    time. What counts is both, and that the last programs do not run alone for long.
+    """
+    if gated and columns <= 1024:  # two halves of 4 rows load as much as 8, and 3072 of each run at once
+        return 4, 512, 2, 1
+    if gated:  # two halves take registers twice: without a tile ahead there is room for a third program
+        return 8, 1024, 4, 0
+    if columns <= 1024:  # a vocabulary is bound by bytes alone: smaller programs, more of them at a time
+        return 8, 512 if rows > 65536 else 1024, 4, 3
+    if columns > 8192:  # long rows: the last programs of 8 would run alone for long, and those of 4 warps
+        return 4, 1024, 2, 3
+    if rows <= 2048:  # all programs have a place: much of a row is on its way before the wait
+        return (8, 2048, 4, 1) if columns <= 2048 else (4, 1024, 4, 3)
+    if rows <= AT_ONCE:  # registers for a second tile ahead would leave some programs for later
+        return 8, 1024, 4, 1
+    if rows <= 4 * AT_ONCE:  # programs come in a few turns: of smaller ones the last turn is shorter
+        return 4, 1024, 4, 3
+    return 8, 1024, 4, 3
 
 
 @functools.cache
