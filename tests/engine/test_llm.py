@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -5,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from tests import checkpoints
 from xllm import LLM, BeamSearchParams, SamplingParams
 from xllm.core.errors import ConfigError, InvalidRequest
+from xllm.engine.llm import _progress
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
@@ -165,6 +168,35 @@ def test_the_requests_of_one_call_reach_the_engine_at_once(llm, monkeypatch):
     )
     (message,) = sent
     assert [len(one.prompt_token_ids) > 0 for one in message.requests] == [True] * 3
+
+
+def test_a_bar_shows_requests_and_tokens(llm, monkeypatch, capsys):
+    counted = []
+    count = _progress.count
+
+    def record(bar, news, *, finished):
+        count(bar, news, finished=finished)
+        counted.append(bar._tokens)
+
+    monkeypatch.setattr(_progress, "count", record)
+    several = SamplingParams(n=2, temperature=1.0, max_tokens=3, ignore_eos=True)
+    llm.generate(["a", "b"], [GREEDY, several], use_tqdm=True)
+    shown = capsys.readouterr().err
+    assert "Processed prompts" in shown and "2/2" in shown and "tok/s" in shown
+    assert counted[-1] == 8 + 2 * 3
+
+
+def test_a_call_lets_the_collector_walk_its_own_news_only(llm, monkeypatch):
+    receive, frozen = llm._client.receive, []
+
+    def counted(timeout_s):
+        frozen.append(gc.get_freeze_count())
+        return receive(timeout_s)
+
+    monkeypatch.setattr(llm._client, "receive", counted)
+    llm.generate("x", GREEDY, use_tqdm=False)
+    assert min(frozen) > 1000
+    assert gc.get_freeze_count() == 0, "what the caller holds is his again"
 
 
 def test_no_prompts_no_results(llm):

@@ -24,7 +24,16 @@ def test_every_form_of_prompt(reader, tokenizer):
     assert reader.read({"prompt": "the cat"}) == ("the cat", ids)
     assert reader.read([5, 6]) == (None, [5, 6])
     assert reader.read({"prompt_token_ids": (5, 6)}) == (None, [5, 6])
+    assert reader.read(range(5, 7)) == (None, [5, 6])
+    assert reader.read([-1, 2**70]) == (None, [-1, 2**70])  # whether there are such tokens is not asked here
     assert reader.read({"prompt_token_ids": [5, 6], "prompt": "shown"}) == ("shown", [5, 6])
+
+
+def test_ids_are_copied(reader):
+    mine = [5, 6]
+    (_, read) = reader.read(mine)
+    mine.append(7)
+    assert read == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +45,11 @@ def test_every_form_of_prompt(reader, tokenizer):
         {"prompt_token_ids": "abc"},
         [1, "2"],
         [True],
+        [1.0],
+        [None],
+        {1, 2},
+        {"prompt_token_ids": {1, 2}},
+        {"prompt_token_ids": iter([1])},
         {"prompt_token_ids": [1], "prompt": 4},
         7,
         None,

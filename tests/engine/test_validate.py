@@ -48,6 +48,27 @@ def test_what_does_not_fit_is_refused_by_name(validator, prompt, params, field, 
     assert refused.value.status == 400
 
 
+@pytest.mark.parametrize("prompt", [[True, False], [1.0, 2.5], (5, 6), range(3), [5] * 16])
+def test_whatever_lies_between_the_bounds_passes(validator, prompt):
+    """Whether ids are integers is the reader's question."""
+    validator.check(prompt, SamplingParams())
+
+
+@pytest.mark.parametrize("wrong", [-1, 100, 2**70, 100.5, -0.1, float("inf")])
+@pytest.mark.parametrize("place", [0, 15, 30])
+def test_one_wrong_id_among_many_is_named(validator, wrong, place):
+    prompt = [7] * 31
+    prompt[place] = wrong
+    with pytest.raises(InvalidRequest) as refused:
+        validator.check(prompt, SamplingParams())
+    assert refused.value.message == f"prompt: token id {wrong} is not in the vocabulary of 100"
+
+
+def test_what_cannot_be_compared_is_a_mistake_of_ours(validator):
+    with pytest.raises(TypeError):
+        validator.check(["1"], SamplingParams())
+
+
 def test_too_long_has_the_code_clients_look_for(validator):
     for prompt, params in [([1] * 40, SamplingParams()), ([1] * 20, SamplingParams(max_tokens=20))]:
         with pytest.raises(InvalidRequest) as refused:

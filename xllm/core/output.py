@@ -18,10 +18,11 @@ class Finish(enum.StrEnum):
     ERROR = "error"
 
 
-class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True):
+class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """News of one sequence after one step, from the engine core to the front end.
 
-    The terminal one has `finish` set and is the last that names this request.
+    The terminal one has `finish` set and is the last that names this request. There are as many as tokens, and none is
+    part of a cycle: the collector need not follow them.
     """
 
     request_id: str

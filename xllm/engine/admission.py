@@ -34,7 +34,7 @@ class Admission:
             arrival=now,
             max_total_tokens=longest,
             seed=self._draw() if params.seed is None else params.seed & MASK,
-            stop_ids=own | frozenset(params.stop_token_ids or ()),
+            stop_ids=own.union(params.stop_token_ids) if params.stop_token_ids else own,
             eos_ids=own,
             priority=message.priority,
             deadline=None if message.deadline_s is None else now + message.deadline_s,

@@ -1,20 +1,22 @@
 """The engine for scripts: a list of prompts in, a list of results in the same order out."""
 
+import gc
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 from xllm.config.options import EngineOptions
 from xllm.core.errors import EngineFault, InvalidRequest, Unavailable
-from xllm.core.output import RequestOutput
+from xllm.core.output import RequestOutput, SequenceOutput
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
 from xllm.engine.beam import BeamSearchOutput, BeamSearchParams, beam_search
 from xllm.engine.build import decide
 from xllm.engine.checkpoint import open_tokenizer, sampling_defaults
 from xllm.engine.client import EngineClient, InlineClient, ProcessClient
-from xllm.engine.outputs import Collector, OutputProcessor
+from xllm.engine.outputs import OutputProcessor
 from xllm.engine.prompts import Prompt, PromptReader, as_list
 from xllm.engine.validate import Validator
 from xllm.text.chat import ChatTemplate
@@ -198,37 +200,36 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         ids = [f"req-{next(self._ids)}" for _ in prompts]
-        collectors = {id: Collector() for id in ids}
         try:
             requests = [
                 Submit(request_id=child_id, prompt_token_ids=tokens, params=child, priority=rank)
                 for id, (text, tokens), p, rank in zip(ids, prompts, params, priority, strict=True)
-                for child_id, child in self._outputs.add(id, text, tokens, p, time.monotonic())
+                for child_id, child in self._outputs.add(id, text, tokens, p, time.monotonic(), stream=False)
             ]
             for i in range(0, len(requests), SUBMIT_AT_ONCE):
                 self._client.send(SubmitMany(requests=requests[i : i + SUBMIT_AT_ONCE]))
-            self._collect(collectors, use_tqdm)
+            with _collecting_news_only():
+                ended = self._collect(len(ids), use_tqdm)
         except BaseException:  # Ctrl-C too: leave no request running behind
             for id in ids:
                 self._client.send(Abort(request_ids=self._outputs.abort(id)))
             raise
-        return [collectors[id].result for id in ids]
+        return [ended[id] for id in ids]
 
-    def _collect(self, collectors: dict[str, Collector], use_tqdm: bool) -> None:
-        with _progress(len(collectors), use_tqdm) as bar:
-            left = len(collectors)
-            while left:
+    def _collect(self, requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
+        """So many requests, by id, when they have ended."""
+        ended: dict[str, RequestOutput] = {}
+        with _progress(requests, use_tqdm) as bar:
+            while len(ended) < requests:
                 message = self._receive()
                 if not isinstance(message, Outputs):
                     continue
-                deltas, stopped = self._outputs.process(message.outputs)
+                outputs, stopped = self._outputs.process(message.outputs)
                 if stopped:
                     self._client.send(Abort(request_ids=stopped))
-                for delta in deltas:
-                    if collector := collectors.get(delta.request_id):
-                        collector.add(delta)
-                        bar.count(sum(len(c.token_ids) for c in delta.outputs), finished=delta.finished)
-                        left -= delta.finished
+                ended |= {output.request_id: output for output in outputs}
+                bar.count(message.outputs, finished=len(outputs))
+        return ended
 
     def _receive(self) -> Message | None:
         message = self._client.receive(RECEIVE_S)
@@ -237,6 +238,20 @@ class LLM:
         if message is None and (reason := self._client.dead()):
             raise EngineFault(reason)
         return message
+
+
+@contextmanager
+def _collecting_news_only() -> Iterator[None]:
+    """In here the garbage collector leaves alone what was there before: walking all modules and weights of a process takes
+    longer than many a step on a card."""
+    if gc.get_freeze_count():  # the program does so itself, and for longer
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class _progress:
@@ -259,13 +274,15 @@ class _progress:
         self._begin = time.monotonic()
         return self
 
-    def count(self, tokens: int, *, finished: bool) -> None:
-        self._tokens += tokens
+    def count(self, news: Sequence[SequenceOutput], *, finished: int) -> None:
+        if not self._shown:
+            return
+        self._tokens += sum(len(output.token_ids) for output in news)
         if finished:
             self._bar.set_postfix_str(
                 f"{self._tokens / (time.monotonic() - self._begin):.1f} tok/s", refresh=False
             )
-            self._bar.update(1)
+            self._bar.update(finished)
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

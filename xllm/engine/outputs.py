@@ -1,23 +1,31 @@
 """From the engine's news of single sequences to what users see of their requests, as a stream or as a whole.
 
 The engine core knows sequences only. A request for `n` completions is `n` of them here, named `<request>/0`
-and so on, and ends when all have ended. Whoever wants the whole answer feeds the deltas to a `Collector`:
-that it equals the stream is then no matter of care.
+and so on, and ends when all have ended. Whoever streams and wants the whole answer too feeds the deltas to a
+`Collector`. Who wants it at the end only says so to `add`: tokens are then held and looked at many at a time,
+which is much cheaper, unless a stop string might be among them.
 """
 
 import copy
+import itertools
 import logging
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+
+import msgspec
 
 from xllm.core.clock import Clock, monotonic
 from xllm.core.output import CompletionOutput, Finish, Logprob, RequestMetrics, RequestOutput, SequenceOutput
+from xllm.core.plan import TokenLogprobs
 from xllm.core.sampling import SamplingParams
 from xllm.engine.sequence import Child, child_params
 from xllm.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+# So many tokens are held of a sequence, each time another number of these: those that run in step are then looked at
+# in different steps, which spreads the work.
+HELD_TOKENS = range(32, 64)
 
 
 @dataclass(slots=True, eq=False)
@@ -28,18 +36,40 @@ class _Open:
     prompt: str | None
     prompt_token_ids: list[int]
     metrics: RequestMetrics
+    streams: bool
+    whole: RequestOutput | None = None  # of one that does not stream: what has come so far
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # not yet handed out
     num_cached_tokens: int = 0
     children: dict[str, Child] = field(default_factory=dict)  # those still running, by their ids
     preemptions: dict[int, int] = field(default_factory=dict)  # by index, of all
 
 
+@dataclass(slots=True, eq=False)
+class _Held:
+    """News of a sequence that were not looked at yet, up to `limit` tokens. The first token ever is not among them."""
+
+    limit: int
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    def add(self, output: SequenceOutput) -> None:
+        self.token_ids += output.token_ids
+        if output.logprobs:
+            self.logprobs += output.logprobs
+        self.num_preemptions = output.num_preemptions
+
+    def within(self, last: SequenceOutput) -> SequenceOutput:
+        """`last` as if all tokens had come with it."""
+        return msgspec.structs.replace(last, token_ids=self.token_ids, logprobs=self.logprobs)
+
+
 class OutputProcessor:
     """Keeps the text side of every request. Used from one thread; without a tokenizer there is no text.
 
     Every request that `add` returned for gets exactly one delta with `finished` set, and every completion
-    exactly one `finish_reason`, whichever of `process`, `cancel` and `fail_all` ends it. After `abort`
-    nothing comes.
+    exactly one `finish_reason`, whichever of `process`, `cancel` and `fail_all` ends it. That delta is the
+    only one, and holds everything, of a request that does not stream. After `abort` nothing comes.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, clock: Clock = monotonic):
@@ -47,6 +77,8 @@ class OutputProcessor:
         self._clock = clock
         self._requests: dict[str, _Open] = {}
         self._owners: dict[str, _Open] = {}  # by child id
+        self._held: dict[str, _Held] = {}  # by child id, of those whose tokens can wait
+        self._limits = itertools.cycle(HELD_TOKENS)
 
     def add(
         self,
@@ -55,15 +87,19 @@ class OutputProcessor:
         prompt_token_ids: list[int],
         params: SamplingParams,
         arrival: float,
+        *,
+        stream: bool = True,
     ) -> list[tuple[str, SamplingParams]]:
         """Register a request; returns what to submit to the engine: an id and parameters per completion.
+
+        Without `stream` nothing comes of it before its end.
 
         Raises `InvalidRequest` and registers nothing if the parameters ask for text that there is none of, or
         `ValueError` if the id is in use.
         """
         if request_id in self._requests:
             raise ValueError("the request id is in use")
-        request = _Open(request_id, prompt, prompt_token_ids, RequestMetrics(arrival))
+        request = _Open(request_id, prompt, prompt_token_ids, RequestMetrics(arrival), stream)
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None]  # nothing predicts the first token
         submissions = []
@@ -82,7 +118,7 @@ class OutputProcessor:
         """
         deltas: dict[str, RequestOutput] = {}
         aborts: list[str] = []
-        for output in outputs:
+        for output in self._due(outputs):
             request = self._owners.get(output.request_id)
             if request is None:
                 continue
@@ -97,12 +133,14 @@ class OutputProcessor:
             delta = self._delta(deltas, request)
             if news is not None:
                 self._append(delta, request, child, news)
-                if news.finished and output.finish is None:
-                    aborts.append(child.id)
+                if news.finished:
+                    aborts += [child.id] if output.finish is None else []
+                elif news.token_ids and child.can_wait and not request.streams:
+                    self._held[child.id] = _Held(next(self._limits))
             if failed:
                 aborts += [id for id in request.children if output.finish is None or id != child.id]
                 self._end(delta, request, Finish.ERROR, error)
-        return [delta for delta in deltas.values() if delta.outputs], aborts
+        return [delta for delta in deltas.values() if self._is_due(delta)], aborts
 
     def abort(self, request_id: str) -> list[str]:
         """Forget a request nobody listens to any more; returns the child ids to abort in the engine."""
@@ -136,6 +174,22 @@ class OutputProcessor:
         """Requests not finished yet."""
         return len(self._requests)
 
+    def _due(self, outputs: Iterable[SequenceOutput]) -> Iterator[SequenceOutput]:
+        """What is to be looked at now, with what was held before it; the rest is held."""
+        held_of = self._held
+        for output in outputs:
+            held = held_of.get(output.request_id)
+            if held is None:
+                yield output
+                continue
+            held.add(output)
+            if output.finish is not None or len(held.token_ids) >= held.limit:
+                del held_of[output.request_id]
+                yield held.within(output)
+
+    def _is_due(self, delta: RequestOutput) -> bool:
+        return delta.finished or (bool(delta.outputs) and self._requests[delta.request_id].streams)
+
     def _advance(self, request: _Open, child: Child, output: SequenceOutput) -> CompletionOutput:
         metrics = request.metrics
         if child.index == 0:
@@ -152,9 +206,9 @@ class OutputProcessor:
         return child.advance(output)
 
     def _delta(self, deltas: dict[str, RequestOutput], request: _Open) -> RequestOutput:
-        delta = deltas.get(request.id)
+        delta = deltas.get(request.id) or request.whole
         if delta is None:
-            delta = deltas[request.id] = RequestOutput(
+            delta = RequestOutput(
                 request_id=request.id,
                 prompt=request.prompt,
                 prompt_token_ids=request.prompt_token_ids,
@@ -163,6 +217,8 @@ class OutputProcessor:
                 finished=False,
                 metrics=request.metrics,
             )
+            request.whole = None if request.streams else delta
+        deltas[request.id] = delta
         return delta
 
     def _append(self, delta: RequestOutput, request: _Open, child: Child, news: CompletionOutput) -> None:
@@ -182,6 +238,8 @@ class OutputProcessor:
             self._forget(request)
             request.metrics.finished = self._clock()
             delta.finished = True
+            if not request.streams:
+                delta.outputs.sort(key=lambda completion: completion.index)
         delta.metrics = request.metrics.snapshot()  # the request's own changes later
         delta.num_cached_tokens = request.num_cached_tokens
 
@@ -190,6 +248,9 @@ class OutputProcessor:
         delta.error = error
         for child in list(request.children.values()):
             try:
+                if held := self._held.pop(child.id, None):
+                    output = held.within(SequenceOutput(child.id, num_preemptions=held.num_preemptions))
+                    self._append(delta, request, child, self._advance(request, child, output))
                 news = child.end(finish)
             except Exception as exception:
                 _log_without_text(exception)
@@ -200,6 +261,7 @@ class OutputProcessor:
     def _forget(self, request: _Open) -> None:
         for id in request.children:
             del self._owners[id]
+            self._held.pop(id, None)
         self._requests.pop(request.id, None)
 
 

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import msgspec
+
 from xllm.core.errors import InvalidRequest
 from xllm.text.tokenizer import Tokenizer
 
@@ -48,7 +50,9 @@ class PromptReader:
 
     async def read_async(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         text, ids = _parts(prompt)
-        if ids is None and text is not None and len(text) > LONG_TEXT:
+        if ids is not None:
+            return text, ids
+        if text is not None and len(text) > LONG_TEXT:
             self._tokenizer.check_length(text, self._max_tokens)
             return text, await asyncio.to_thread(self._tokenizer.encode, text)
         return self.read(prompt)
@@ -70,6 +74,10 @@ def _parts(prompt: Prompt) -> tuple[str | None, list[int] | None]:
 
 
 def _ids(ids: Sequence[int]) -> list[int]:
-    if not isinstance(ids, Sequence) or not all(type(i) is int for i in ids):
-        raise InvalidRequest("prompt token ids must be a list of integers", param="prompt")
-    return list(ids)
+    """A list of its own; compiled code looks at the types, for prompts are long."""
+    try:
+        if isinstance(ids, Sequence):
+            return msgspec.convert(list(ids), list[int])
+    except msgspec.ValidationError:
+        pass
+    raise InvalidRequest("prompt token ids must be a list of integers", param="prompt")

@@ -27,21 +27,23 @@ class Child:
     ):
         self.id = id
         self.index = index
-        self.num_preemptions = 0
+        self._prompt = prompt_token_ids
         self._params = params
-        self._tokenizer = tokenizer
-        self._num_tokens = 0
+        self._tokenizer = tokenizer if params.detokenize else None
+        self._names = _nameless if tokenizer is None else tokenizer.token_text
         self._cumulative = None if params.logprobs is None else 0.0
-        self._detokenizer: IncrementalDetokenizer | None = None
+        self._detokenizer: IncrementalDetokenizer | None = None  # made when the first token comes
         self._matcher: StopMatcher | None = None
-        if tokenizer is not None and params.detokenize:
-            self._detokenizer = IncrementalDetokenizer(
-                tokenizer, prompt_token_ids, params.skip_special_tokens
-            )
+        self._num_watched = 0  # tokens that the matcher has seen
         if params.stop_strings:
-            if self._detokenizer is None:
+            if self._tokenizer is None:
                 raise InvalidRequest("stop strings need detokenize=True and a tokenizer", param="stop")
             self._matcher = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether its tokens may be looked at later than they come: no text can end it."""
+        return self._matcher is None
 
     def advance(self, output: SequenceOutput) -> CompletionOutput:
         """What is new, up to and with the token that completed a stop string.
@@ -50,23 +52,20 @@ class Child:
         shows no text, unless `include_stop_str_in_output`.
         """
         news = self._news()
+        token_ids = output.token_ids
         silent = output.finish is Finish.STOP and not self._params.include_stop_str_in_output
-        for i, token_id in enumerate(output.token_ids):
-            news.token_ids.append(token_id)
-            if news.logprobs is not None:
+        shown = token_ids[:-1] if silent else token_ids
+        if self._matcher is None:
+            news.text = self._text(shown)
+        else:
+            token_ids = token_ids[: self._watch(self._matcher, shown, news)]
+        news.token_ids += token_ids
+        if news.logprobs is not None:
+            for i in range(len(token_ids)):
                 news.logprobs.append(self._name(output.logprobs[i]))
                 self._cumulative = (self._cumulative or 0.0) + output.logprobs[i].logprobs[0]
-            self._num_tokens += 1
-            if silent and i == len(output.token_ids) - 1:
-                break
-            text, matched = self._show(token_id)
-            news.text += text
-            if matched is not None:
-                news.cumulative_logprob = self._cumulative
-                news.finish_reason, news.stop_reason = Finish.STOP.value, matched
-                return news
         news.cumulative_logprob = self._cumulative
-        if output.finish is not None:
+        if output.finish is not None and not news.finished:
             self._end(news, output.finish)
             news.stop_reason = output.stop_reason
         return news
@@ -84,13 +83,26 @@ class Child:
     def _news(self) -> CompletionOutput:
         return CompletionOutput(index=self.index, logprobs=None if self._params.logprobs is None else [])
 
-    def _show(self, token_id: int) -> tuple[str, str | None]:
+    def _text(self, token_ids: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            return ""
         if self._detokenizer is None:
-            return "", None
-        text = self._detokenizer.push((token_id,))
-        if self._matcher is None:
-            return text, None
-        return self._matcher.push(text, armed=self._num_tokens > self._params.min_tokens)
+            self._detokenizer = IncrementalDetokenizer(
+                self._tokenizer, self._prompt, self._params.skip_special_tokens
+            )
+        return self._detokenizer.push(token_ids)
+
+    def _watch(self, matcher: StopMatcher, token_ids: Sequence[int], news: CompletionOutput) -> int | None:
+        """Put the tokens' text into `news`. Where one completes a stop string, end it there: -> how many it took."""
+        for i, token_id in enumerate(token_ids):
+            self._num_watched += 1
+            armed = self._num_watched > self._params.min_tokens
+            text, matched = matcher.push(self._text((token_id,)), armed)
+            news.text += text
+            if matched is not None:
+                news.finish_reason, news.stop_reason = Finish.STOP.value, matched
+                return i + 1
+        return None
 
     def _end(self, news: CompletionOutput, finish: Finish) -> None:
         """Show what was held back: nothing more comes that could make a character or a stop string of it."""
@@ -102,13 +114,12 @@ class Child:
 
     def _name(self, entry: TokenLogprobs) -> dict[int, Logprob]:
         """By token id: the token itself, then the most likely ones, which rank 1, 2, ..."""
-        text = self._tokenizer.token_text if self._tokenizer else _nameless
         token_id = entry.token_ids[0]
-        named = {token_id: Logprob(entry.logprobs[0], entry.rank, text(token_id))}
+        named = {token_id: Logprob(entry.logprobs[0], entry.rank, self._names(token_id))}
         for rank in range(1, len(entry.token_ids)):
             token_id = entry.token_ids[rank]
             if token_id not in named:
-                named[token_id] = Logprob(entry.logprobs[rank], rank, text(token_id))
+                named[token_id] = Logprob(entry.logprobs[rank], rank, self._names(token_id))
         return named
 
 
@@ -122,6 +133,8 @@ def child_params(params: SamplingParams, index: int, tokenizer: Tokenizer | None
     The first keeps the request's seed and alone computes prompt log-probabilities, which are the same for
     all. Raises `InvalidRequest` for bad words without a tokenizer.
     """
+    if params.n == 1 and not params.bad_words:
+        return params  # a copy would be checked all over
     bad_words = [*(params.bad_words_token_ids or ()), *_tokenise(params.bad_words or (), tokenizer)]
     return msgspec.structs.replace(
         params,

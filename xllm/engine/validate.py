@@ -1,7 +1,9 @@
 """What a request must satisfy against this model and this configuration, checked before it is admitted."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from xllm.core.errors import InvalidRequest
 from xllm.core.sampling import SamplingParams
@@ -14,6 +16,7 @@ class Validator:
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._max_logprobs = max_logprobs
+        self._known_ids = list[Annotated[int, msgspec.Meta(ge=0, lt=vocab_size)]]
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         self._check_prompt(prompt_token_ids)
@@ -47,7 +50,10 @@ class Validator:
                 f"The prompt alone has {len(ids)}.",
                 param="prompt", code="context_length_exceeded",
             )  # fmt: skip
-        self._check_ids("prompt", ids)
+        try:
+            msgspec.convert(ids, self._known_ids)  # compiled: prompts are long
+        except msgspec.ValidationError:
+            self._check_ids("prompt", ids)
 
     def _check_ids(self, name: str, ids: Any) -> None:
         for id in ids:

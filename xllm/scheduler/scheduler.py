@@ -5,11 +5,12 @@ for steps (`plan`); every request that `add` accepted ends with exactly one outp
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 from xllm.config.decided import SchedulerConfig
 from xllm.core.errors import EngineFault, InvalidRequest
 from xllm.core.output import Finish, SequenceOutput
-from xllm.core.plan import StepPlan, StepResult
+from xllm.core.plan import StepPlan, StepResult, TokenLogprobs
 from xllm.core.request import Phase, Request
 from xllm.core.stats import SchedulerStats
 from xllm.kv.pool import BlockPool
@@ -262,9 +263,9 @@ class Scheduler:
                 self._tables.withdraw(request)
                 return outcome.terminal(request, Finish.ERROR, error)
             self._burst = max(self._burst, len(tokens))
-        prompt_logprobs = outcome.unsent_prompt_logprobs(
-            request, plan.starts[i], result.prompt_logprobs.get(i, ())
-        )
+        prompt_logprobs: Sequence[TokenLogprobs] = ()
+        if found := result.prompt_logprobs.get(i):
+            prompt_logprobs = outcome.unsent_prompt_logprobs(request, plan.starts[i], found)
         if not sampled:
             return SequenceOutput(request.id, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
         request.num_in_flight -= 1

@@ -81,9 +81,10 @@ class BlockTables:
 
     def publish(self, request: Request) -> None:
         """Name the blocks that are full of known tokens and written by a step already planned."""
-        full = min(request.num_computed, request.num_known) // self.block_size
-        if full <= request.num_published or not self.pool.prefix_caching:
+        end_of_next = (request.num_published + 1) * self.block_size
+        if request.num_computed < end_of_next or not self.pool.prefix_caching:
             return
+        full = min(request.num_computed, request.num_known) // self.block_size
         self._hash(request, full)
         for i in range(request.num_published, full):
             self.pool.publish(request.blocks[i], request.block_hashes[i])
