@@ -18,7 +18,7 @@ _SHOWN_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 
 
 def measure(name: str) -> DeviceFacts:
-    """Facts of the device called `name`; "auto" takes the best that is proven.
+    """Facts of the device called `name`; "auto" takes the fastest that is here.
 
     Raises ConfigError for an unknown device, and for one asked for by name that cannot be used.
     """
@@ -30,10 +30,14 @@ def measure(name: str) -> DeviceFacts:
 
 
 def _best() -> DeviceFacts:
-    # The engine on a GPU has not been proven on a card as a whole, so nobody gets it without asking.
-    if not nvidia.missing():
-        log.warning("the CPU is used; --device cuda would use the GPU, which is not proven yet")
-    return cpu_facts()
+    """A GPU where there is one that can be used; where one cannot, a line says why."""
+    if nvidia.missing():
+        return cpu_facts()
+    try:
+        return nvidia.cuda_facts()
+    except ConfigError as e:
+        log.warning("the CPU is used: %s", e.message.removeprefix("--device cuda: "))
+        return cpu_facts()
 
 
 def cpu_facts() -> DeviceFacts:

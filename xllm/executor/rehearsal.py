@@ -70,6 +70,7 @@ class Rehearsal:
 
     def run(self) -> None:
         """What takes longest to compile comes first."""
+        self._sample()
         model = self._model()
         longest = self.config.scheduler.max_model_len
         for tokens in dict.fromkeys(min(tokens, longest) for tokens in CHUNKS):
@@ -98,11 +99,17 @@ class Rehearsal:
             block_table=torch.zeros((count, self.width), dtype=torch.int32), kv_slots=slots,
             max_query_len=1, max_context_len=length, num_decodes=count,
         )  # fmt: skip
-        logits = self._step(model, Forward(slots, slots, inputs, self.kv_cache, None))
-        if self.ops.sample is not None:
+        self._step(model, Forward(slots, slots, inputs, self.kv_cache, None))
+
+    def _sample(self) -> None:
+        """Of logits as they come, and of edited ones, which are float32."""
+        if self.ops.sample is None:
+            return
+        slots = torch.zeros(1, dtype=torch.int64)
+        tokens = torch.zeros((1, self.config.scheduler.max_model_len + 1), dtype=torch.int64)
+        for dtype in (self.ops.activation_dtype, torch.float32):
+            logits = torch.zeros((1, self.config.model.vocab_size), dtype=dtype)
             self.ops.sample(logits, slots, slots, _numbers(), tokens)
-            if count == DECODES[0]:  # edited logits are float32
-                self.ops.sample(logits.float(), slots, slots, _numbers(), tokens)
 
     def _step(self, model: Model, fwd: Forward) -> torch.Tensor:
         return model.logits(model.forward(fwd))

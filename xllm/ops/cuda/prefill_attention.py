@@ -154,9 +154,8 @@ def prefill_attention(
     tokens, q_heads, head_dim = q_TQD.shape
     blocks, layers, _, block_size, kv_heads, _ = kv_cache.shape
     group = q_heads // kv_heads
-    # a graph has tiles to spare, which end at once; elsewhere some queries may have no tile
-    queries = min(tokens - inputs.num_decodes, QUERY_TILE * inputs.tiles.shape[0])
-    share = -(-queries * q_heads // multiprocessors(q_TQD.device))
+    # by queries, not by tiles: a graph has tiles to spare, which end at once
+    share = -(-(tokens - inputs.num_decodes) * q_heads // multiprocessors(q_TQD.device))
     tiling = prefill_tiling(head_dim, q_TQD.dtype, share)
     row_tiles = -(-min(QUERY_TILE, inputs.max_query_len) * group // tiling.rows)
     cache_rows = blocks * layers * 2 * block_size
