@@ -11,6 +11,8 @@ from xllm.ops.cuda.gemv import MAX_COLUMNS, gemv
 from xllm.ops.cuda.skinny import skinny
 from xllm.ops.cuda.tiling import SKINNY_TOKENS
 
+ALIGNED = 8  # numbers of two bytes: 16 bytes, what the products' fast ways ask for
+
 
 def linear(x_TK: torch.Tensor, weight: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
     tokens, columns = x_TK.shape
@@ -25,8 +27,8 @@ def linear(x_TK: torch.Tensor, weight: torch.Tensor, bias_N: torch.Tensor | None
 
 
 def _by_cublas(x_TK: torch.Tensor, weight: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
-    """The bias as a matrix, which is added before the one rounding. As a vector it would be the business of cuBLASLt, and
-    that rounds the product first where it splits the columns (https://github.com/pytorch/pytorch/pull/180875)."""
-    if bias_N is None:
-        return F.linear(x_TK, weight)
-    return torch.addmm(bias_N.expand(x_TK.shape[0], -1), x_TK, weight.T)
+    rows, columns = weight.shape
+    if bias_N is not None and (rows % ALIGNED or columns % ALIGNED):
+        # For such shapes, which no known model has, cuBLAS adds the bias to a product that it has rounded.
+        return F.linear(x_TK.float(), weight.float(), bias_N.float()).to(x_TK.dtype)
+    return F.linear(x_TK, weight, bias_N)
