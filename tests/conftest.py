@@ -17,6 +17,12 @@ settings.register_profile("house", deadline=None)  # shared machines: an example
 settings.load_profile("house")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Unless tests marked gpu are asked for, a machine's card is out of sight: the other tests are the CPU's."""
+    if "gpu" not in str(config.option.markexpr).replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 # What Triton's interpreter (TRITON_INTERPRET=1) can run of the tests marked gpu, on a machine without one.
 INTERPRETABLE = ("tests/ops/", "tests/engine/test_interpreted.py")
 
