@@ -20,6 +20,8 @@ class FakeApi:
         self.mode, self.delay_s, self.models = mode, delay_s, models
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.traces = False  # whether it takes any
+        self.profiles: list[str] = []
         self.connections = 0
         self.running = self.peak = 0
         self._loop = asyncio.new_event_loop()
@@ -72,6 +74,10 @@ class FakeApi:
             found = path == "/v1/models" and self.models
             data = {"data": [{"id": "toy", "root": "/nowhere"}]} if found else {}
             await _whole(writer, 200 if found else 404, data)
+            return True
+        if path.endswith("_profile"):
+            self.profiles.append(path)
+            await _whole(writer, 200 if self.traces else 404, {"trace": "/there/trace.json.gz"})
             return True
         self.bodies.append(json.loads(body))
         self.headers.append(headers)

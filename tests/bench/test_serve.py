@@ -75,6 +75,19 @@ async def test_some_hang_up_in_the_middle():
     assert result["total_output_tokens"] == 20 * result["completed"]
 
 
+async def test_the_server_takes_a_trace_of_the_run_alone(api, capsys):
+    api.traces = True
+    await measure(options(api, profile=True, num_warmups=2), DATA)
+    assert api.profiles == ["/start_profile", "/stop_profile"]
+    assert "trace written by the server to /there/trace.json.gz" in capsys.readouterr().out
+
+
+async def test_a_server_without_traces_is_told_of_before_the_load(api):
+    with pytest.raises(XllmError, match="start it with --profiler-dir"):
+        await measure(options(api, profile=True), DATA)
+    assert not api.bodies
+
+
 async def test_nobody_hangs_up_unasked(api):
     assert (await measure(options(api), DATA))["cancelled"] == 0
 

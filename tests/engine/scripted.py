@@ -10,6 +10,7 @@ from xllm.core.sampling import SamplingParams
 from xllm.core.stats import ExecutorStats
 from xllm.engine.admission import Admission
 from xllm.engine.core import EngineCore
+from xllm.engine.kv_events import EventStream
 from xllm.executor.executor import Executor
 from xllm.kv.pool import BlockPool
 from xllm.scheduler.scheduler import Scheduler
@@ -75,18 +76,23 @@ class ScriptedRunner:
 
 
 def make_core(
-    runner: ScriptedRunner | None = None, *, depth: int = 2, blocks: int = 64, **changes
+    runner: ScriptedRunner | None = None,
+    *,
+    depth: int = 2,
+    blocks: int = 64,
+    events: EventStream | None = None,
+    **changes,
 ) -> tuple[EngineCore, MemoryChannel]:
     settings = {
         "max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 32, "chunked_prefill": True, "long_prefill_token_threshold": 0,
         "batching": "chunked", "order": "fcfs", "admission": "optimistic", "depth": depth,
     }  # fmt: skip
     config = SchedulerConfig(**{**settings, **changes})
-    scheduler = Scheduler(config, BlockPool(blocks, 8))
+    scheduler = Scheduler(config, BlockPool(blocks, 8, events=None if events is None else events.log))
     front, inbox = MemoryChannel.pair()
     executor = Executor(lambda: runner or ScriptedRunner(), depth=depth)
     admission = Admission(scheduler, eos_ids=frozenset({EOS}), max_model_len=config.max_model_len, seed=0)
-    return EngineCore(scheduler, executor, inbox, admission, depth=depth), front
+    return EngineCore(scheduler, executor, inbox, admission, depth=depth, events=events), front
 
 
 def submit(id: str, prompt: list[int], max_tokens: int = 16, **params) -> Submit:

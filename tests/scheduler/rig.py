@@ -9,6 +9,8 @@ from xllm.core.output import Finish, SequenceOutput
 from xllm.core.plan import StepPlan
 from xllm.core.request import Request
 from xllm.core.sampling import SamplingParams
+from xllm.kv import hashing
+from xllm.kv.events import Cleared, Event, EventLog, Removed, Stored
 from xllm.kv.pool import BlockPool
 from xllm.scheduler.scheduler import Scheduler
 
@@ -44,6 +46,31 @@ def request(
     return Request(id=id, prompt_token_ids=prompt, params=sampling, arrival=arrival, **fields)
 
 
+class Mirror:
+    """What somebody who applies the pool's events knows of its index. Doubts every event."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self.log = EventLog()
+        self.names: set[bytes] = set()
+        self.seen: list[Event] = []
+
+    def follow(self) -> None:
+        for event in self.log.drain():
+            self.seen.append(event)
+            match event:
+                case Stored():
+                    parent = hashing.root(event.salt) if event.parent is None else event.parent
+                    assert event.names == hashing.chain(parent, event.token_ids, self.block_size)
+                    assert not self.names & set(event.names)
+                    self.names |= set(event.names)
+                case Removed():
+                    assert self.names >= set(event.names)
+                    self.names -= set(event.names)
+                case Cleared():
+                    self.names.clear()
+
+
 class Rig:
     def __init__(
         self,
@@ -54,10 +81,14 @@ class Rig:
         burst: int = 1,
         step_s: float = 0.01,
         check_every: bool = True,
+        recorded: bool = False,
         **changes: Any,
     ):
         self.config = config(**changes)
-        self.pool = BlockPool(num_blocks, block_size, prefix_caching)
+        self.mirror = Mirror(block_size) if recorded else None
+        self.pool = BlockPool(
+            num_blocks, block_size, prefix_caching, self.mirror.log if self.mirror is not None else None
+        )
         self.scheduler = Scheduler(self.config, self.pool)
         self.executor = FakeExecutor(block_size, burst)
         self.now = 0.0
@@ -181,6 +212,10 @@ class Rig:
         if not self.check_every and scheduler.has_work:
             return
         scheduler.audit()
+        if self.mirror is not None:
+            self.mirror.follow()
+            named = (self.pool.index.name_of(block) for block in range(self.pool.num_blocks))
+            assert self.mirror.names == {name for name in named if name is not None}
         assert scheduler.num_running <= self.config.max_num_seqs
         assert self.config.admission != "no_eviction" or scheduler.stats().preemptions == 0
         tables = {slot: list(row.blocks) for slot, row in self.executor.rows.items()}

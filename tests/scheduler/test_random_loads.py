@@ -67,6 +67,7 @@ class Load(RuleBasedStateMachine):
 
     rig: Rig
     scarce: bool
+    recorded = False
 
     @initialize(limits=limits, names=names, burst=bursts, scarce=st.booleans())
     def start(self, limits, names, burst, scarce):
@@ -81,7 +82,7 @@ class Load(RuleBasedStateMachine):
             limits |= {"max_num_batched_tokens": MODEL_LEN, "long_prefill_token_threshold": 0}
         if burst > 1:
             limits["depth"] = 1  # several tokens a step need that nothing later is in flight
-        self.rig = Rig(max_model_len=MODEL_LEN, burst=burst, **limits, **names)
+        self.rig = Rig(max_model_len=MODEL_LEN, burst=burst, recorded=self.recorded, **limits, **names)
 
     @rule(crowd=st.lists(arrivals, min_size=2, max_size=6))
     def arrive_together(self, crowd):

@@ -32,6 +32,8 @@ from xllm.wire.messages import (
     Reply,
     ResetPrefixCache,
     Sleep,
+    StartTrace,
+    StopTrace,
     Submit,
     WakeUp,
 )
@@ -58,7 +60,9 @@ def byte_tokenizer(*, template: str | None = TEMPLATE) -> Tokenizer:
     return Tokenizer(backend, {"eos_token": "<|im_end|>"}, {} if template is None else {"default": template})
 
 
-def engine_config(directory: Path, *, order: str = "fcfs", slots: int = 8) -> EngineConfig:
+def engine_config(
+    directory: Path, *, order: str = "fcfs", slots: int = 8, device: str = "cpu"
+) -> EngineConfig:
     return EngineConfig(
         model=ModelConfig(
             directory=str(directory), architecture="Qwen3ForCausalLM", vocab_size=259, hidden_size=8, num_layers=1,
@@ -70,7 +74,7 @@ def engine_config(directory: Path, *, order: str = "fcfs", slots: int = 8) -> En
         ),
         cache=CacheConfig(block_size=16, num_blocks=64, prefix_caching=True, block_bytes=1024, kv_dtype="float32"),
         memory=MemoryConfig(kv_bytes=None, utilization=0.9, length_asked=False),
-        executor=ExecutorConfig(device="cpu", dtype="float32", threads=1, seed=0),
+        executor=ExecutorConfig(device=device, dtype="float32", threads=1, seed=0),
         reasons=("a fake decides nothing",),
     )  # fmt: skip
 
@@ -105,6 +109,7 @@ class FakeClient:
     submitted: list[Submit] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     closed: bool = False
+    tracing: bool = False
 
     def __post_init__(self) -> None:
         self._news = threading.Condition()
@@ -128,6 +133,19 @@ class FakeClient:
                     self._sequences.pop(id, None)
             elif isinstance(message, ResetPrefixCache):
                 self._replies.append(Reply(call_id=message.call_id, value=True))
+            elif isinstance(message, StartTrace):
+                self._replies.append(
+                    Reply(
+                        call_id=message.call_id,
+                        refused="a trace is being taken already" if self.tracing else None,
+                    )
+                )
+                self.tracing = True
+            elif isinstance(message, StopTrace):
+                self.tracing = False
+                self._replies.append(
+                    Reply(call_id=message.call_id, value=f"{message.directory}/trace.json.gz")
+                )
             elif isinstance(message, Sleep | WakeUp):
                 busy = "something runs" if self._sequences else None
                 self._replies.append(Reply(call_id=message.call_id, refused=busy))
@@ -245,13 +263,14 @@ def make_engine(
     queue: int = 1024,
     template: str | None = TEMPLATE,
     sleeps: bool = False,
+    device: str = "cpu",
 ) -> AsyncLLM:
     """To be called inside a running event loop. Its `FakeClient` is `client_of(engine)`."""
     tokenizer = byte_tokenizer(template=template)
     options = EngineOptions(
         model="fake", max_num_queued_reqs=queue, scheduling_policy=order, enable_sleep_mode=sleeps
     )
-    config = engine_config(directory, order=order, slots=slots)
+    config = engine_config(directory, order=order, slots=slots, device=device)
     return AsyncLLM(options, config, FakeClient(tokenizer, config, slots), tokenizer)
 
 

@@ -5,7 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pag
 
 from tests.server.live import until
 from xllm.core.output import CompletionOutput, RequestMetrics, RequestOutput
-from xllm.core.stats import SchedulerStats
+from xllm.core.stats import EventStats, SchedulerStats
 from xllm.server.metrics import DEFINITIONS, PREFIXES, Metrics
 from xllm.server.stats_log import line, worked
 
@@ -91,6 +91,16 @@ def test_gauges_follow_the_engine(http, live):
         )
         live.fake.release()
         assert answer.result().status_code == 200
+
+
+def test_kv_events_are_counted_under_our_name_alone():
+    page = Metrics(
+        "m", dict.fromkeys(("block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype"), "x")
+    )
+    text = page.text(stats(kv_events=EventStats(batches=7, dropped=2))).decode()
+    assert value(text, "xllm:kv_event_batches_total") == 7
+    assert value(text, "xllm:kv_event_batches_dropped_total") == 2
+    assert "vllm:kv_event" not in text
 
 
 def test_engine_totals_only_grow_even_across_a_restart():

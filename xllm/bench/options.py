@@ -26,6 +26,7 @@ class ServeBenchOptions:
     burstiness: float = knob(1.0, "1 is a Poisson process, less is burstier, more is more even")
     max_concurrency: int | None = knob(None, "most requests under way at once (default: no limit)")
     num_warmups: int = knob(0, "requests sent before measuring starts")
+    profile: bool = knob(False, "have the server (started with --profiler-dir) write a trace of the run")
     cancel_share: float = knob(0.0, "share of requests that hang up somewhere in the middle of their answer")
     temperature: float | None = knob(0.0, "sampling temperature")
     ignore_eos: bool = knob(False, "generate exactly as many tokens as asked for")

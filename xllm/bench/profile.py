@@ -1,11 +1,8 @@
-"""`--profile`: where the time of a run went, as a trace to look at and a table to read."""
+"""`--profile` of benches that hold the engine themselves."""
 
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-
-ROWS = 15
 
 
 def profiled_if(wanted: bool, directory: str) -> AbstractContextManager[None]:
@@ -15,24 +12,13 @@ def profiled_if(wanted: bool, directory: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def profiled(directory: Path) -> Iterator[None]:
-    """Writes `xllm-trace-<time>.json.gz` (opens in Perfetto or chrome://tracing), prints what took most of the time."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
+    """Writes a trace, prints what took most of the time."""
+    from xllm.executor.trace import Trace  # brings torch
 
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(ProfilerActivity.CUDA)
-    directory.mkdir(parents=True, exist_ok=True)
-    with profile(activities=activities) as profiler:
+    trace = Trace()
+    try:
         yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    path = directory / f"xllm-trace-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
-    profiler.export_chrome_trace(str(path))
-    sort = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    print(
-        profiler.key_averages().table(
-            sort_by=sort, row_limit=ROWS, max_name_column_width=60, max_src_column_width=20
-        )
-    )
+    finally:
+        path, table = trace.stop(directory)
+    print(table)
     print(f"trace written to {path}")

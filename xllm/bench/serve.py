@@ -1,13 +1,15 @@
 """`xllm bench serve`: load on any OpenAI-style server, and what its users would feel."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import math
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -61,7 +63,8 @@ async def measure(options: ServeBenchOptions, data: DatasetOptions) -> dict[str,
         model, root = await _model(client, options)
         vocabulary = load_vocabulary(options.tokenizer, root, model, as_ids=options.backend == "openai")
         asks = _with_cancels(datasets.load(data, vocabulary, options.seed), options)
-        records, duration = await _drive(client, options, model, asks)
+        async with _profiled(client, options.profile):
+            records, duration = await _drive(client, options, model, asks)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
         "backend": options.backend,
@@ -94,6 +97,34 @@ async def _model(client: HttpClient, options: ServeBenchOptions) -> tuple[str, s
     if not served:
         raise ConfigError(f"/v1/models answered {status} and no model: name one with --model")
     return served[0][0], served[0][1]
+
+
+@asynccontextmanager
+async def _profiled(client: HttpClient, wanted: bool) -> AsyncIterator[None]:
+    """The server takes a trace of the body. Raises `XllmError` where it takes none."""
+    if not wanted:
+        yield
+        return
+    await _ask_for(client, "/start_profile")
+    try:
+        yield
+    finally:
+        told = await _ask_for(client, "/stop_profile")
+    print(f"trace written by the server to {told.get('trace', 'where it was told to')}")
+
+
+async def _ask_for(client: HttpClient, path: str) -> dict[str, Any]:
+    status, body = await client.request("POST", path, b"{}")
+    if status == 404:
+        raise XllmError(
+            "the server takes no traces; start it with --profiler-dir DIR, or measure without --profile"
+        )
+    if status != 200:
+        raise XllmError(f"{path} answered {status}: {body[:300].decode(errors='replace')}")
+    with contextlib.suppress(msgspec.DecodeError):
+        told = msgspec.json.decode(body)
+        return told if isinstance(told, dict) else {}
+    return {}
 
 
 async def _drive(

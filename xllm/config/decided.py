@@ -27,6 +27,19 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class KvEventsConfig:
+    """Where KV cache events go. Endpoints are ZMQ addresses (`tcp://`, `ipc://`)."""
+
+    endpoint: str
+    bind: bool  # listen at the endpoint; else a collector listens there and we connect to it
+    replay_endpoint: str | None  # listened on
+    topic: str
+    buffer_steps: int  # batches kept for replay
+    hwm: int  # batches that may wait for one subscriber; those beyond are not sent to it
+    max_queue_size: int  # batches that may wait to be published at all
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryConfig:
     """What was asked about memory, for the engine that sizes its KV cache itself."""
 
@@ -73,3 +86,4 @@ class EngineConfig:
     memory: MemoryConfig
     executor: ExecutorConfig
     reasons: tuple[str, ...]  # what was decided and why, one sentence each, for the start-up plan
+    kv_events: KvEventsConfig | None = None  # none: nobody wants them

@@ -83,6 +83,12 @@ class EngineOptions:
         False, "let POST /sleep give a card's memory back while nothing runs, and POST /wake_up take it again"
     )
     enable_prefix_caching: bool = knob(True, "share the KV of equal prefixes")
+    kv_events_config: str | None = knob(
+        None,
+        'tell routers what is cached, over ZMQ: {"enable_kv_cache_events": true} with endpoint, replay_endpoint, topic, '
+        "buffer_steps, hwm, max_queue_size as wanted",
+        metavar="JSON",
+    )
 
     # scheduling
     max_num_seqs: int | None = knob(None, "sequences that run at once")

@@ -6,11 +6,13 @@ from xllm.config.decided import (
     CacheConfig,
     EngineConfig,
     ExecutorConfig,
+    KvEventsConfig,
     MemoryConfig,
     ModelConfig,
     SchedulerConfig,
 )
 from xllm.config.facts import DeviceFacts, ModelFacts, kept_in
+from xllm.config.kv_events import read_kv_events
 from xllm.config.memory import fit_cache, gib
 from xllm.config.options import EngineOptions
 from xllm.core.errors import ConfigError
@@ -62,8 +64,9 @@ def resolve(asked: EngineOptions, model: ModelConfig, facts: ModelFacts, device:
     )
     scheduler = _scheduler(asked, suits.token_budget, max_num_seqs, max_model_len, draft)
     config = EngineConfig(
-        model=model, scheduler=scheduler, cache=cache, memory=memory, executor=executor, reasons=()
-    )
+        model=model, scheduler=scheduler, cache=cache, memory=memory, executor=executor, reasons=(),
+        kv_events=_kv_events(asked, draft),
+    )  # fmt: skip
     weights = facts.weight_bytes[kept_in(executor.dtype, executor.quantization)]
     return _with_cache(config, weights, device, draft)
 
@@ -164,6 +167,25 @@ def _kv_dtype(asked: EngineOptions, dtype: str, device: DeviceFacts, draft: _Dra
         raise ConfigError("--kv-cache-dtype fp8 runs on a GPU only: a CPU has no arithmetic for 8-bit floats")
     draft.say("KV cache in float8_e4m3fn: as asked; half the memory, three bits of mantissa")
     return "float8_e4m3fn"
+
+
+def _kv_events(asked: EngineOptions, draft: _Draft) -> KvEventsConfig | None:
+    wanted = None if asked.kv_events_config is None else read_kv_events(asked.kv_events_config)
+    if wanted is None:
+        return None
+    if not asked.enable_prefix_caching:
+        raise ConfigError(
+            "--kv-events-config: events tell what the prefix cache holds, which --no-enable-prefix-caching switches off"
+        )
+    draft.say(
+        f"KV events {'at' if wanted.bind else 'to the collector at'} {wanted.endpoint}, "
+        + (
+            f"the last {wanted.buffer_steps} batches again at {wanted.replay_endpoint}"
+            if wanted.replay_endpoint
+            else "no replay of what a subscriber missed"
+        )
+    )
+    return wanted
 
 
 def _graph_sizes(

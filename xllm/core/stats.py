@@ -13,6 +13,13 @@ class ExecutorStats(msgspec.Struct, frozen=True):
     bubble_s: float = 0.0  # seconds it waited for a step that was submitted while the one before it ran
 
 
+class EventStats(msgspec.Struct, frozen=True):
+    """Batches of KV cache events. Counters."""
+
+    batches: int = 0  # published
+    dropped: int = 0  # numbered, and never published
+
+
 class SchedulerStats(msgspec.Struct, frozen=True):
     """A snapshot. Counters (`*_tokens`, `preemptions`, `evictions`) only grow; the rest is how it stands now."""
 
@@ -28,3 +35,4 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     generation_tokens: int  # sampled and kept
     step_tokens: int  # of the last step planned
     executor: ExecutorStats = ExecutorStats()  # the engine's; the scheduler knows nothing of it
+    kv_events: EventStats = EventStats()  # so are these

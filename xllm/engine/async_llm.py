@@ -34,6 +34,8 @@ from xllm.wire.messages import (
     Reply,
     ResetPrefixCache,
     Sleep,
+    StartTrace,
+    StopTrace,
     Submit,
     WakeUp,
 )
@@ -205,6 +207,14 @@ class AsyncLLM:
         await self._ask(lambda id: WakeUp(call_id=id))
         if self._gate.closed_because == ASLEEP:
             self._gate.closed_because = None
+
+    async def start_profile(self) -> None:
+        """Record what the device does until `stop_profile`. Raises Unavailable while that is being done already."""
+        await self._ask(lambda id: StartTrace(call_id=id))
+
+    async def stop_profile(self, directory: str) -> str:
+        """Writes the trace into `directory`, on the engine's machine; the file's path. Raises Unavailable without one."""
+        return str(await self._ask(lambda id: StopTrace(call_id=id, directory=directory)))
 
     @property
     def asleep(self) -> bool:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from xllm.config.decided import EngineConfig, ModelConfig
 from xllm.config.facts import ModelFacts, kept_in
@@ -12,6 +13,7 @@ from xllm.core.errors import ConfigError
 from xllm.device.facts import measure
 from xllm.engine.admission import Admission
 from xllm.engine.core import EngineCore
+from xllm.engine.kv_events import EventStream
 from xllm.executor.executor import Executor
 from xllm.kv.pool import BlockPool
 from xllm.models.checkpoint import read_model_config
@@ -66,6 +68,20 @@ def build_core(
 
     `startup_s` receives the seconds of each part.
     """
+    with ExitStack() as undo:
+        events = None
+        if config.kv_events is not None:  # before anything slow: the address may be taken
+            events = EventStream(config.kv_events, config.cache.block_size)
+            undo.callback(events.close)
+        built = _build(config, inbox, on_loading, startup_s, events)
+        undo.pop_all()
+        return built
+
+
+def _build(
+    config: EngineConfig, inbox: Channel, on_loading: Callable[[Loading], None], startup_s: dict[str, float],
+    events: EventStream | None,
+) -> tuple[EngineCore, EngineConfig]:  # fmt: skip
     begin = time.perf_counter()
     # torch comes with these: only who runs a core pays for it
     from xllm.device.table import device_class
@@ -86,11 +102,12 @@ def build_core(
     asynchronous = device_class(config.executor.device).asynchronous
     executor = Executor(build, depth=config.scheduler.depth, asynchronous=asynchronous)
     cache, scheduler_config = config.cache, config.scheduler
-    pool = BlockPool(cache.num_blocks, cache.block_size, cache.prefix_caching)
+    log = None if events is None else events.log
+    pool = BlockPool(cache.num_blocks, cache.block_size, cache.prefix_caching, log)
     scheduler = Scheduler(scheduler_config, pool)
     admission = Admission(
         scheduler, eos_ids=frozenset(config.model.eos_ids), max_model_len=scheduler_config.max_model_len,
         seed=config.executor.seed,
     )  # fmt: skip
-    core = EngineCore(scheduler, executor, inbox, admission, depth=scheduler_config.depth)
+    core = EngineCore(scheduler, executor, inbox, admission, depth=scheduler_config.depth, events=events)
     return core, config

@@ -84,7 +84,7 @@ class InlineClient:
         faulthandler.dump_traceback()
 
     def close(self) -> None:
-        self._core.executor.close()
+        self._core.close()
 
 
 class ProcessClient:

@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -12,6 +13,7 @@ from xllm.core.output import Finish, SequenceOutput
 from xllm.core.plan import StepPlan, StepResult
 from xllm.core.stats import SchedulerStats
 from xllm.engine.admission import Admission
+from xllm.engine.kv_events import EventStream
 from xllm.executor.executor import Executor, Outcome
 from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.channel import Channel
@@ -23,6 +25,8 @@ from xllm.wire.messages import (
     ResetPrefixCache,
     Shutdown,
     Sleep,
+    StartTrace,
+    StopTrace,
     Submit,
     SubmitMany,
     WakeUp,
@@ -47,6 +51,7 @@ class EngineCore:
         *,
         depth: int,
         clock: Clock = monotonic,
+        events: EventStream | None = None,
     ):
         self.scheduler = scheduler
         self.executor = executor
@@ -58,6 +63,7 @@ class EngineCore:
         self.asleep = False  # the device's memory was given back
         self.last_stats: SchedulerStats | None = None  # as of the last turn; other threads read it
         self._admission = admission
+        self._events = events  # of the scheduler's pool; None where nobody wants them
 
     def run(self) -> None:
         """Until a Shutdown message."""
@@ -69,6 +75,9 @@ class EngineCore:
         outputs = self._drain(0.0 if self.busy or (not self.asleep and self.executor.improve()) else wait_s)
         outputs += self.step()
         self.last_stats = msgspec.structs.replace(self.scheduler.stats(), executor=self.executor.stats)
+        if self._events is not None:
+            self._events.flush()
+            self.last_stats = msgspec.structs.replace(self.last_stats, kv_events=self._events.stats)
         if outputs:
             self.inbox.send(Outputs(outputs=outputs, stats=self.last_stats))
 
@@ -85,6 +94,12 @@ class EngineCore:
                 return self._fail_all(e)
             return self.scheduler.apply(result, self.clock())
         return []
+
+    def close(self) -> None:
+        """The loop has ended: give back the executor, and let subscribers have the last events."""
+        self.executor.close()
+        if self._events is not None:
+            self._events.close()
 
     @property
     def busy(self) -> bool:
@@ -113,6 +128,10 @@ class EngineCore:
                 self.inbox.send(Reply(call_id=call_id, refused=self._sleep()))
             case WakeUp(call_id=call_id):
                 self.inbox.send(Reply(call_id=call_id, refused=self._wake_up()))
+            case StartTrace(call_id=call_id):
+                self.inbox.send(Reply(call_id=call_id, refused=self._start_trace()))
+            case StopTrace(call_id=call_id, directory=directory):
+                self.inbox.send(self._stop_trace(call_id, directory))
             case Shutdown():
                 self.stopping = True
         return []
@@ -144,6 +163,25 @@ class EngineCore:
                 return f"the engine cannot wake up: {e}"
             self.asleep = False
         return None
+
+    def _start_trace(self) -> str | None:
+        if self.executor.tracing:
+            return "a trace is being taken already"
+        try:
+            self.executor.start_trace()
+        except RuntimeError as e:  # another profiler has the card
+            return f"no trace can be taken: {e}"
+        return None
+
+    def _stop_trace(self, call_id: int, directory: str) -> Reply:
+        if not self.executor.tracing:
+            return Reply(call_id=call_id, refused="no trace is being taken")
+        try:
+            path, table = self.executor.stop_trace(Path(directory))
+        except OSError as e:  # no room, no permission: the engine serves on
+            return Reply(call_id=call_id, refused=f"the trace could not be written: {e}")
+        log.info("trace written to %s\n%s", path, table)
+        return Reply(call_id=call_id, value=str(path))
 
     def _fail_all(self, error: Exception) -> list[SequenceOutput]:
         """A step raised: no KV of it can be trusted. Later steps in flight run out and are forgotten."""

@@ -55,7 +55,7 @@ def main() -> None:
         core.run()
         stop.set()
         heart.join()
-        core.executor.close()
+        core.close()
     except XllmError as e:
         channel.send(Fault(reason=e.message))
         raise SystemExit(1) from None
@@ -69,7 +69,8 @@ def main() -> None:
 
 
 def _end_with_parent(launch: Launch) -> None:
-    sys.stdin.buffer.read()  # returns when the parent closed its end or died
+    while os.read(sys.stdin.fileno(), 4096):  # nothing until the parent closed its end or died
+        pass  # not through sys.stdin: its lock, held here, would abort an exit of our own
     threading.Event().wait(ORPHAN_GRACE_S)
     # still here, so there was no Shutdown: the parent died, and its sockets' directory is ours to remove
     shutil.rmtree(Path(launch.send_to.removeprefix("ipc://")).parent, ignore_errors=True)

@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xllm.core.plan import StepPlan, StepResult
 from xllm.core.stats import ExecutorStats
+
+if TYPE_CHECKING:
+    from xllm.executor.trace import Trace  # brings PyTorch's profiler
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -52,6 +56,7 @@ class Executor:
         self._inline = depth == 1 or asynchronous
         self._asynchronous = asynchronous
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="xllm-executor")
+        self._trace: Trace | None = None
         self._runner = self._call(build).result()
 
     @property
@@ -83,6 +88,22 @@ class Executor:
     def wake_up(self) -> None:
         """Raises what the device raises where the memory is not there; then it still sleeps."""
         self._call(self._runner.wake_up).result()
+
+    def start_trace(self) -> None:
+        """Records steps until `stop_trace`. The caller sees to it that no other trace is being taken."""
+        from xllm.executor.trace import Trace
+
+        self._trace = self._call(Trace).result()
+
+    def stop_trace(self, directory: Path) -> tuple[Path, str]:
+        """As `Trace.stop`."""
+        trace, self._trace = self._trace, None
+        assert trace is not None, "only a trace that was started can be stopped"
+        return self._call(lambda: trace.stop(directory)).result()
+
+    @property
+    def tracing(self) -> bool:
+        return self._trace is not None
 
     def close(self) -> None:
         """Waits for steps in flight."""

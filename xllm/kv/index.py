@@ -7,16 +7,20 @@ disk, remote) are further indexes asked after this one, keyed by the same names.
 from collections import OrderedDict
 from collections.abc import Sequence
 
+from xllm.kv.events import DEVICE, EventLog, Origin
+
 
 class PrefixIndex:
     """A two-way map of names and blocks, and the *shelf*: named blocks in nobody's use, least recently used first.
 
-    Every operation is O(1) per block; the shelf is one ordered dict, so that taking any block off it is too.
+    Every operation is O(1) per block; the shelf is one ordered dict, so that taking any block off it is too. Names
+    come and go in `add`, `remove` and `clear` alone, which is where `events` (if there is a log) hears of them.
     """
 
-    __slots__ = ("_block_of", "_name_of", "_shelf")
+    __slots__ = ("_block_of", "_events", "_name_of", "_shelf")
 
-    def __init__(self, num_blocks: int):
+    def __init__(self, num_blocks: int, events: EventLog | None = None):
+        self._events = events
         self._block_of: dict[bytes, int] = {}
         self._name_of: list[bytes | None] = [None] * num_blocks
         self._shelf: OrderedDict[int, None] = OrderedDict()
@@ -43,10 +47,17 @@ class PrefixIndex:
     def name_of(self, block: int) -> bytes | None:
         return self._name_of[block]
 
-    def add(self, block: int, name: bytes) -> bool:
-        """Give `block` its name. False, and nothing done, where another block has it or this one has another."""
+    def add(self, block: int, name: bytes, origin: Origin | None = None) -> bool:
+        """Give `block` its name. False, and nothing done, where another block has it or this one has another.
+
+        Where events are recorded `origin` says what the name stands for; `ValueError` without it.
+        """
         if name in self._block_of or self._name_of[block] is not None:
             return False
+        if self._events is not None:
+            if origin is None:
+                raise ValueError(f"block {block} gets a name of unknown origin, but its event must tell it")
+            self._events.stored(name, origin, DEVICE)
         self._block_of[name] = block
         self._name_of[block] = name
         return True
@@ -58,6 +69,8 @@ class PrefixIndex:
             return False
         del self._block_of[name]
         self._name_of[block] = None
+        if self._events is not None:
+            self._events.removed(name, DEVICE)
         return True
 
     def shelve(self, block: int) -> None:
@@ -83,6 +96,8 @@ class PrefixIndex:
         self._shelf.clear()
         self._block_of.clear()
         self._name_of = [None] * len(self._name_of)
+        if self._events is not None:
+            self._events.cleared()
         return shelved
 
     def audit(self) -> None:

@@ -14,19 +14,26 @@ nobody has to ask what is in flight. Not thread-safe: it belongs to the schedule
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
+from xllm.kv.events import EventLog, Origin
 from xllm.kv.index import PrefixIndex
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens. Hot operations are O(1) per block and allocate no objects per block."""
+    """`num_blocks` blocks of `block_size` tokens. Hot operations are O(1) per block and allocate no objects per block.
 
-    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True):
+    With `events`, what becomes and ceases to be cached is recorded there.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, prefix_caching: bool = True, events: EventLog | None = None
+    ):
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} x {block_size}")
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
-        self.index = PrefixIndex(num_blocks)
+        self.events = events
+        self.index = PrefixIndex(num_blocks, events)
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 first, then what was freed last
         self._references = [0] * num_blocks  # holders, those that leave after a step included
         self._leaving = [0] * num_blocks  # of the references, those that end when a step settles
@@ -148,14 +155,17 @@ class BlockPool:
 
     # the prefix cache
 
-    def publish(self, block: int, name: bytes) -> bool:
+    def publish(self, block: int, name: bytes, origin: Origin | None = None) -> bool:
         """From now on `match` finds `block` under `name`. Steps run in order, so a block may be published as soon as
-        the step that fills it is planned. False where caching is off or the name (or the block) is taken."""
+        the step that fills it is planned. False where caching is off or the name (or the block) is taken.
+
+        A pool that records events needs the name's `origin`.
+        """
         if not self.prefix_caching:
             return False
         if self._references[block] == 0:
             raise ValueError(f"block {block} is not held: its content is nobody's to publish")
-        return self.index.add(block, name)
+        return self.index.add(block, name, origin)
 
     def withdraw(self, block: int) -> None:
         """The content of a held block is not to be trusted: nobody new shall find it."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from xllm.core.request import Request
 from xllm.kv import hashing
+from xllm.kv.events import Origin
 from xllm.kv.pool import BlockPool
 
 NEVER = 2**62  # as `num_published`: this sequence publishes nothing more
@@ -86,8 +87,10 @@ class BlockTables:
             return
         full = min(request.num_computed, request.num_known) // self.block_size
         self._hash(request, full)
+        recorded = self.pool.events is not None
         for i in range(request.num_published, full):
-            self.pool.publish(request.blocks[i], request.block_hashes[i])
+            origin = self._origin(request, i) if recorded else None
+            self.pool.publish(request.blocks[i], request.block_hashes[i], origin)
         request.num_published = full
 
     def withdraw(self, request: Request) -> None:
@@ -112,6 +115,12 @@ class BlockTables:
             raise AssertionError(
                 f"ledger says {self._held} blocks held and {self._at_most} at most, tables say {held} and {at_most}"
             )
+
+    def _origin(self, request: Request, i: int) -> Origin:
+        tokens = request.known_tokens(i * self.block_size, (i + 1) * self.block_size)
+        if i == 0:
+            return Origin(None, tokens, request.cache_salt)
+        return Origin(request.block_hashes[i - 1], tokens)
 
     def _hash(self, request: Request, count: int) -> None:
         """Make sure that the first `count` blocks have names; so many must be full of known tokens."""

@@ -6,13 +6,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from xllm.config.options import EngineOptions
-from xllm.core.errors import XllmError
+from xllm.core.errors import ConfigError, XllmError
 from xllm.server.engine import Engine
 from xllm.server.errors import error_response
 from xllm.server.metrics import Metrics
 from xllm.server.middleware import Envelope, KeyCheck
 from xllm.server.options import ServerOptions
-from xllm.server.routes import routers, sleep
+from xllm.server.routes import profile, routers, sleep
 from xllm.server.state import ServerState, served_name
 from xllm.server.templates import choose_template
 
@@ -53,6 +53,13 @@ def create_app(
         app.include_router(router)
     if asked.enable_sleep_mode:
         app.include_router(sleep.router)
+    if options.profiler_dir is not None:
+        if engine.config.executor.device == "cpu":
+            raise ConfigError(
+                "--profiler-dir: a trace shows what a card does; on a CPU the operators are plain C, which `perf record` sees "
+                "and this does not"
+            )
+        app.include_router(profile.router)
     for kind in (XllmError, HTTPException, ClientDisconnect):
         app.add_exception_handler(kind, _answer)
     if keys := options.api_keys():

@@ -87,6 +87,8 @@ FROM_STATS = {
     "graph_capture_failures": "executor.graph_failures",
     "device_seconds": "executor.device_s",
     "device_bubble_seconds": "executor.bubble_s",
+    "kv_event_batches": "kv_events.batches",
+    "kv_event_batches_dropped": "kv_events.dropped",
 }
 
 _CACHE_LABELS = ("block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype")
@@ -129,9 +131,21 @@ DEFINITIONS = (
     ),
     Definition("device_seconds", Counter, "Seconds the device spent on steps"),
     Definition("device_bubble_seconds", Counter, "Seconds the device waited between steps while it had work"),
+    Definition("kv_event_batches", Counter, "Batches of KV cache events published"),
+    Definition(
+        "kv_event_batches_dropped", Counter, "Batches of KV cache events that nobody can get any more"
+    ),
 )
 _OURS = frozenset(
-    {"steps", "graph_steps", "graph_capture_failures", "device_seconds", "device_bubble_seconds"}
+    {
+        "steps",
+        "graph_steps",
+        "graph_capture_failures",
+        "device_seconds",
+        "device_bubble_seconds",
+        "kv_event_batches",
+        "kv_event_batches_dropped",
+    }
 )
 
 

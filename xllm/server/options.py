@@ -25,6 +25,9 @@ class ServerOptions:
     shutdown_timeout: float = knob(
         30.0, "seconds that running requests get to finish after SIGTERM or Ctrl-C"
     )
+    profiler_dir: str | None = knob(
+        None, "take traces on POST /start_profile and /stop_profile, and write them here", metavar="DIR"
+    )
     disable_log_requests: bool = knob(False, "write no line per request")
     disable_log_stats: bool = knob(False, "write no line of throughput and load every ten seconds of work")
     log_level: str = knob(

@@ -15,7 +15,7 @@ from xllm.core.output import SequenceOutput
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
 
-VERSION = 2
+VERSION = 3
 
 
 class WireError(XllmError):
@@ -64,6 +64,19 @@ class Sleep(_Message, frozen=True):
 
 class WakeUp(_Message, frozen=True):
     call_id: int
+
+
+class StartTrace(_Message, frozen=True):
+    """Record what the device does from here on. Refused while a trace is being taken."""
+
+    call_id: int
+
+
+class StopTrace(_Message, frozen=True):
+    """End the trace and write it to `directory`; the reply's value is the file. Refused where none is being taken."""
+
+    call_id: int
+    directory: str
 
 
 class Shutdown(_Message, frozen=True):
@@ -116,7 +129,7 @@ class Fault(_Message, frozen=True):
     reason: str
 
 
-ToEngine = Submit | SubmitMany | Abort | ResetPrefixCache | Sleep | WakeUp | Shutdown
+ToEngine = Submit | SubmitMany | Abort | ResetPrefixCache | Sleep | WakeUp | StartTrace | StopTrace | Shutdown
 FromEngine = Loading | Ready | Outputs | Heartbeat | Reply | Fault
 Message = ToEngine | FromEngine
 
