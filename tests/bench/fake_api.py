@@ -21,7 +21,7 @@ class FakeApi:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.traces = False  # whether it takes any
-        self.profiles: list[str] = []
+        self.profiles: list[tuple[str, int]] = []  # with how many requests had come
         self.connections = 0
         self.running = self.peak = 0
         self._loop = asyncio.new_event_loop()
@@ -76,7 +76,7 @@ class FakeApi:
             await _whole(writer, 200 if found else 404, data)
             return True
         if path.endswith("_profile"):
-            self.profiles.append(path)
+            self.profiles.append((path, len(self.bodies)))
             await _whole(writer, 200 if self.traces else 404, {"trace": "/there/trace.json.gz"})
             return True
         self.bodies.append(json.loads(body))

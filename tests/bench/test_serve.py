@@ -78,7 +78,7 @@ async def test_some_hang_up_in_the_middle():
 async def test_the_server_takes_a_trace_of_the_run_alone(api, capsys):
     api.traces = True
     await measure(options(api, profile=True, num_warmups=2), DATA)
-    assert api.profiles == ["/start_profile", "/stop_profile"]
+    assert api.profiles == [("/start_profile", 2), ("/stop_profile", 14)], "the warm-ups are not in it"
     assert "trace written by the server to /there/trace.json.gz" in capsys.readouterr().out
 
 

@@ -63,8 +63,7 @@ async def measure(options: ServeBenchOptions, data: DatasetOptions) -> dict[str,
         model, root = await _model(client, options)
         vocabulary = load_vocabulary(options.tokenizer, root, model, as_ids=options.backend == "openai")
         asks = _with_cancels(datasets.load(data, vocabulary, options.seed), options)
-        async with _profiled(client, options.profile):
-            records, duration = await _drive(client, options, model, asks)
+        records, duration = await _drive(client, options, model, asks)
     result: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y%m%d-%H%M%S"),
         "backend": options.backend,
@@ -158,14 +157,15 @@ async def _drive(
         bar.update()
         return record
 
-    start = time.perf_counter()
-    tasks = []
-    for request, ask, at in zip(requests, asks, _times(options, asks), strict=False):
-        if (wait := start + at - time.perf_counter()) > 0:
-            await asyncio.sleep(wait)
-        tasks.append(asyncio.create_task(one(request, ask)))
-    records = await asyncio.gather(*tasks)
-    duration = time.perf_counter() - start
+    async with _profiled(client, options.profile):
+        start = time.perf_counter()
+        tasks = []
+        for request, ask, at in zip(requests, asks, _times(options, asks), strict=False):
+            if (wait := start + at - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            tasks.append(asyncio.create_task(one(request, ask)))
+        records = await asyncio.gather(*tasks)
+        duration = time.perf_counter() - start
     bar.close()
     return records, duration
 
