@@ -33,6 +33,14 @@ def decide(options: EngineOptions) -> EngineConfig:
     return resolve(options, model, model_facts(model, options.quantization), measure(options.device))
 
 
+def check_traceable(config: EngineConfig, flag: str) -> None:
+    """ConfigError where a trace of the engine would be empty; `flag` is what asked for it."""
+    if config.executor.device == "cpu":
+        raise ConfigError(
+            f"{flag}: a trace shows what a card does; on a CPU the operators are plain C, which `perf record` sees and this does not"
+        )
+
+
 def model_facts(model: ModelConfig, quantization: str | None = None) -> ModelFacts:
     """`quantization` is what the user asks for: weights are sized in it too."""
     packing = read_packing(model.hf)

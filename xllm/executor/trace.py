@@ -13,10 +13,10 @@ class Trace:
     """Runs from its making to `stop`. Both belong to the thread that submits steps; others are seen on a card only."""
 
     def __init__(self) -> None:
-        self._activities = [ProfilerActivity.CPU]
+        activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
-            self._activities.append(ProfilerActivity.CUDA)
-        self._profiler = profile(activities=self._activities, acc_events=True)
+            activities.append(ProfilerActivity.CUDA)
+        self._profiler = profile(activities=activities, acc_events=True)
         self._profiler.start()
 
     def stop(self, directory: Path) -> tuple[Path, str]:

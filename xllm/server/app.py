@@ -6,7 +6,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from xllm.config.options import EngineOptions
-from xllm.core.errors import ConfigError, XllmError
+from xllm.core.errors import XllmError
+from xllm.engine.build import check_traceable
 from xllm.server.engine import Engine
 from xllm.server.errors import error_response
 from xllm.server.metrics import Metrics
@@ -54,11 +55,7 @@ def create_app(
     if asked.enable_sleep_mode:
         app.include_router(sleep.router)
     if options.profiler_dir is not None:
-        if engine.config.executor.device == "cpu":
-            raise ConfigError(
-                "--profiler-dir: a trace shows what a card does; on a CPU the operators are plain C, which `perf record` sees "
-                "and this does not"
-            )
+        check_traceable(engine.config, "--profiler-dir")
         app.include_router(profile.router)
     for kind in (XllmError, HTTPException, ClientDisconnect):
         app.add_exception_handler(kind, _answer)
