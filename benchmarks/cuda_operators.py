@@ -17,6 +17,7 @@ from benchmarks.cuda_products import (
     Case,
     Found,
     Scope,
+    Settings,
     Way,
     always,
     draw,
@@ -29,7 +30,14 @@ from benchmarks.cuda_products import (
 from xllm.ops import activation, attention, few, inputs, norm, rotary, sampling
 from xllm.ops.attention import AttentionInputs, query_tiles
 from xllm.ops.cuda import activation as activation_kernel
-from xllm.ops.cuda import attention_plan, decode_attention, dense_attention, few_attention, prefill_attention
+from xllm.ops.cuda import (
+    attention_plan,
+    decode_attention,
+    dense_attention,
+    few_attention,
+    hopper_attention,
+    prefill_attention,
+)
 from xllm.ops.cuda import norm as norm_kernel
 from xllm.ops.cuda import rotary as rotary_kernel
 from xllm.ops.cuda import sampling as sampling_kernels
@@ -44,6 +52,12 @@ PROMPTS = (
     (64, 128, 128), (16, 128, 2176),
 )  # sequences, queries of each, context  # fmt: skip
 TRITON = (dense_attention, "fits", lambda *_: False)  # nothing through cuDNN
+HOPPER: dict[str, Settings] = {  # ways to run that kernel
+    "hopper": (),
+    "hopper, 3 stages": ((hopper_attention, "STAGES", 3),),
+    "hopper, no turns": ((hopper_attention, "TURNS", False),),
+    "hopper, a program for each item": ((hopper_attention, "PERSISTENT", False),),
+}
 SAMPLINGS = {  # inverse temperature, top-k, top-p
     "greedy": (0.0, 0, 1.0),
     "temperature": (1.25, 0, 1.0),
@@ -201,6 +215,15 @@ def _attention(scope: Scope, sequences: int, queries: int, context: int, variant
         peers = [contiguous]
         if sequences == 1:
             peers.append(replace(way, name="triton", settings=(TRITON,)))
+
+    def by_hopper(i: int) -> torch.Tensor:
+        out = torch.empty((len(q), heads), dtype=q.dtype)
+        at = found[i // m.layers % len(found)]
+        hopper_attention.hopper_attention(q, cache, i % m.layers, at, scale, None, out)
+        return out
+
+    if queries > 1 and hopper_attention.fits(q, cache, None):
+        peers += [Way(name, by_hopper, way.read, settings) for name, settings in HOPPER.items()]
     return Case(
         "attention", f"{sequences} x {queries} of {context}", [way, *peers, *scope.vary(way, variants)],
         lambda: attention.attention(q[rows].float(), cache, 0, these, scale, None),
