@@ -17,15 +17,14 @@ from benchmarks.cuda_products import (
     Case,
     Found,
     Scope,
-    Settings,
     Way,
     always,
     draw,
     half_layer_cases,
     linear_cases,
     neighbours,
-    other_launch,
     quantised_cases,
+    without_pdl,
 )
 from xllm.ops import activation, attention, few, inputs, norm, rotary, sampling
 from xllm.ops.attention import AttentionInputs, query_tiles
@@ -33,7 +32,6 @@ from xllm.ops.cuda import activation as activation_kernel
 from xllm.ops.cuda import (
     attention_plan,
     decode_attention,
-    dense_attention,
     few_attention,
     hopper_attention,
     prefill_attention,
@@ -51,13 +49,7 @@ PROMPTS = (
     (1, 8192, 8192), (1, 4096, 4096), (8, 1024, 1024), (1, 2048, 8192), (1, 512, 512),
     (64, 128, 128), (16, 128, 2176),
 )  # sequences, queries of each, context  # fmt: skip
-TRITON = (dense_attention, "fits", lambda *_: False)  # nothing through cuDNN
-HOPPER: dict[str, Settings] = {  # ways to run that kernel
-    "hopper": (),
-    "hopper, 3 stages": ((hopper_attention, "STAGES", 3),),
-    "hopper, no turns": ((hopper_attention, "TURNS", False),),
-    "hopper, a program for each item": ((hopper_attention, "PERSISTENT", False),),
-}
+TRITON = (hopper_attention, "fits", lambda *_: False)  # by the kernel for all cards
 SAMPLINGS = {  # inverse temperature, top-k, top-p
     "greedy": (0.0, 0, 1.0),
     "temperature": (1.25, 0, 1.0),
@@ -93,7 +85,7 @@ def _norms(scope: Scope, tokens: int) -> Iterator[Case]:
     before = residual[0].clone()
 
     def found() -> Found:
-        yield from other_launch(tokens)
+        yield from without_pdl()
         for warps in (2, 4, 8, 16):
             yield f"warps {warps}", ((norm_kernel, "norm_warps", always(warps)),)
 
@@ -122,7 +114,7 @@ def _silu_and_mul(scope: Scope, tokens: int) -> Case:
     count = scope.sets(tokens * width * 4, most=8)
     gate_up = draw(count, tokens, 2 * width)
     way = Way("", lambda i: scope.ops.silu_and_mul(gate_up[i % count]))
-    found = chain(other_launch(tokens), constants(activation_kernel, TILE=(512, 2048)))
+    found = chain(without_pdl(), constants(activation_kernel, TILE=(512, 2048)))
     return Case(
         "silu_and_mul", f"{tokens} tokens", [way, *scope.vary(way, found)],
         lambda: activation.silu_and_mul(gate_up[0].float()), moved=6 * tokens * width, sets=count,
@@ -151,7 +143,7 @@ def _rope_and_cache(scope: Scope, tokens: int) -> Case:
         "", lambda i: run(scope.ops.rope_and_cache, qkv[i % count], cache, i % m.layers),
         read=lambda q: torch.cat((q.flatten(), cache[written].flatten())),
     )  # fmt: skip
-    found = chain(other_launch(tokens), constants(rotary_kernel, HEADS=(4, 16)))
+    found = chain(without_pdl(), constants(rotary_kernel, HEADS=(4, 16)))
     return Case(
         "rope_and_cache", f"{tokens} tokens", [way, *scope.vary(way, found)], exact,
         moved=tokens * 4 * (m.width + m.head_dim), sets=count,
@@ -213,17 +205,8 @@ def _attention(scope: Scope, sequences: int, queries: int, context: int, variant
             read=lambda out: out.transpose(1, 2).flatten(2).flatten(0, 1)[rows],
         )  # fmt: skip
         peers = [contiguous]
-        if sequences == 1:
-            peers.append(replace(way, name="triton", settings=(TRITON,)))
-
-    def by_hopper(i: int) -> torch.Tensor:
-        out = torch.empty((len(q), heads), dtype=q.dtype)
-        at = found[i // m.layers % len(found)]
-        hopper_attention.hopper_attention(q, cache, i % m.layers, at, scale, None, out)
-        return out
-
-    if queries > 1 and hopper_attention.fits(q, cache, None):
-        peers += [Way(name, by_hopper, way.read, settings) for name, settings in HOPPER.items()]
+    if queries > 1:
+        peers.append(replace(way, name="triton", settings=(TRITON,)))
     return Case(
         "attention", f"{sequences} x {queries} of {context}", [way, *peers, *scope.vary(way, variants)],
         lambda: attention.attention(q[rows].float(), cache, 0, these, scale, None),
@@ -236,7 +219,7 @@ def decode_cases(scope: Scope) -> Iterator[Case]:
     m = scope.model
 
     def variants(sequences: int, context: int) -> Found:
-        yield from other_launch(sequences)
+        yield from without_pdl()
         cut = attention_plan.decode_tiling(m.q_heads // m.kv_heads, m.head_dim, torch.bfloat16)
         for name, other in neighbours(cut, keys=(32, 64), stages=(2, 3, 4), warps=(2, 4, 8)):
             yield name, ((decode_attention, "decode_tiling", always(other)),)
@@ -292,7 +275,7 @@ def _few_attention(scope: Scope, sequences: int, context: int) -> Case:
         return ops.attention(q, cache, layer, these, scale, None)
 
     def variants() -> Found:
-        yield from other_launch(sequences)
+        yield from without_pdl()
         yield from constants(few_attention, MAX_SPLITS=(8, 16, 64))
         cut = attention_plan.decode_tiling(m.q_heads // m.kv_heads, m.head_dim, torch.bfloat16)
         narrow = ((f"keys 32, warps {warps}", replace(cut, keys=32, warps=warps)) for warps in (2, 4))
@@ -352,7 +335,7 @@ def _layer(scope: Scope, layers: list[dict[str, torch.Tensor]], size: int, token
     if tokens > scope.few.max_tokens:
         ways.reverse()
     return Case(
-        "layer", f"{tokens} x 1 of {context}, {ways[0].name}", [*ways, *scope.vary(ways[0], other_launch(tokens))],
+        "layer", f"{tokens} x 1 of {context}, {ways[0].name}", [*ways, *scope.vary(ways[0], without_pdl())],
         lambda: by_few(few, {name: w.float() for name, w in layers[0].items()}, 0, before.float()),
         moved=size + 4 * tokens * context * m.kv_heads * m.head_dim, flops=size * tokens, sets=count,
         reset=lambda: residual.copy_(before), limit=4e-2,

@@ -147,16 +147,13 @@ def neighbours(cut: Any, **values: tuple[int, ...]) -> Iterator[tuple[str, Any]]
                 yield f"{name} {value}", replace(cut, **{name: value})
 
 
-def other_launch(tokens: int) -> Found:
-    """With dependent launch where there is none, and without where there is."""
-    if tokens <= launch.PDL_TOKENS:
-        yield "no pdl", ((launch, "PDL_TOKENS", 0),)
-    else:
-        yield "pdl", ((launch, "PDL_TOKENS", 1 << 30),)
+def without_pdl() -> Found:
+    """Without dependent launch."""
+    yield "no pdl", ((launch, "PDL", False),)
 
 
 def gemvs(tokens: int, rows: int, columns: int, gated: bool = False) -> Found:
-    yield from other_launch(tokens)
+    yield from without_pdl()
     cut = tiling.gemv(tokens, rows, columns, gated)
     found: Iterator[tuple[str, Any]] = iter(())
     if tokens == 1:
@@ -177,7 +174,7 @@ def skinnies(tokens: int, rows: int, columns: int) -> Found:
     padded, cut = max(tokens, 16), tiling.skinny(rows, columns, False)
     found: Iterator[tuple[str, Any]] = iter(())
     if tokens == 16:
-        yield from other_launch(tokens)
+        yield from without_pdl()
         found = neighbours(cut, rows=(16, 32, 64, 128), tile=(64, 128, 256), splits=(1, 2, 4), stages=(3, 5))
     elif tokens in (1, 32, 64):
         found = chain([("skinny", cut)], neighbours(cut, stages=(3,), warps=(8,)))
@@ -279,7 +276,7 @@ def _quantised(
     in_bfloat16 = Way("bfloat16", lambda i: scope.ops.linear(x, plain[i % len(plain)], None), checked=False)
 
     def found() -> Found:
-        yield from other_launch(tokens)
+        yield from without_pdl()
         border = "KEPT_TOKENS" if scheme == "fp8" else "TILED_TOKENS"
         if tokens > 1:  # the kernel of the other side of the border
             above = tokens > getattr(quantised, border)

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from xllm.device.reference import ReferenceDevice
 from xllm.device.table import open_device
 from xllm.executor.decode_graphs import DecodeGraphs, longest_first
 from xllm.executor.graphs import GraphTable
@@ -13,7 +14,7 @@ SPARE = 99
 
 
 class Steps:
-    """A decode step that returns what it was given, and counts how often it ran."""
+    """A decode step that returns what it was given, and counts how often it ran; one that samples counts positions up."""
 
     def __init__(self, fails=()):
         self.seen: list[tuple[int, bool]] = []
@@ -24,12 +25,15 @@ class Steps:
         if size in self.fails:
             raise RuntimeError("out of registers")
         self.seen.append((size, sample))
-        return slots_B * 1000 + positions_B, torch.full((size,), sample)
+        codes = slots_B * 1000 + positions_B
+        if sample:
+            positions_B += 1
+        return codes, torch.full((size,), sample)
 
 
-def make(sizes=(1, 2, 4, 8), **steps):
+def make(sizes=(1, 2, 4, 8), device=None, **steps):
     step = Steps(**steps)
-    table = GraphTable(open_device("reference"))
+    table = GraphTable(device or open_device("reference"))
     return DecodeGraphs(table, step, sizes=sizes, spare_slot=SPARE), step, table
 
 
@@ -45,6 +49,40 @@ def test_a_step_takes_the_next_larger_graph_and_fills_it_with_the_spare_slot(cou
         ]
     assert {s for s, _ in step.seen} == {size}
     assert table.replays == 2
+
+
+class CountingDevice(ReferenceDevice):
+    def __init__(self):
+        super().__init__()
+        self.uploads = 0
+
+    def upload_into(self, target, array):
+        self.uploads += 1
+        super().upload_into(target, array)
+
+
+def test_nothing_is_brought_to_the_device_while_the_same_sequences_go_on():
+    device = CountingDevice()
+    graphs, _, _ = make(device=device)
+
+    def run(slots, positions, sample=True):
+        before = device.uploads
+        codes, _ = graphs.run(slots, positions, sample)
+        expected = [slot * 1000 + position for slot, position in zip(slots, positions, strict=True)]
+        assert codes[: len(slots)].tolist() == expected
+        assert codes[len(slots) :].tolist() == [SPARE * 1000] * (len(codes) - len(slots))
+        return device.uploads - before
+
+    assert run([3, 5], [10, 20]) == 1
+    assert [run([3, 5], [10 + i, 20 + i]) for i in range(1, 4)] == [0, 0, 0]
+    assert run([3, 5], [14, 25]) == 1  # one of them elsewhere
+    assert run([3, 6], [15, 26]) == 1  # another sequence
+    assert run([3, 6, 7], [16, 27, 5]) == 1  # a row of the spare slot, which always stays at position 0
+    assert run([3, 6, 7], [17, 28, 6]) == 1
+    assert run([3, 6], [18, 29]) == 1
+    assert run([3, 6], [19, 30], sample=False) == 1  # another graph, which counts nothing
+    assert run([3, 6], [19, 30], sample=False) == 0
+    assert run([3, 6], [20, 31], sample=False) == 1
 
 
 def test_with_and_without_sampling_are_two_graphs():

@@ -39,7 +39,7 @@ def step(
 
 def run(
     kernel: ModuleType, q: torch.Tensor, cache: torch.Tensor, inputs: AttentionInputs, *,
-    programs: int | None = None, stages: int = 2, turns: bool = True, seed: int = 0,
+    programs: int | None = None, stages: int = 2, seed: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """[T, Q * D], rows of decodes left at zero. programs: None for one for each item."""
     assert inputs.tiles is not None
@@ -58,7 +58,7 @@ def run(
             gluon_model.Pointer(inputs.block_table.flatten()), *map(gluon_model.Pointer, pointers),
             items, row_tiles, LAYER, inputs.block_table.stride(0),
             heads, group, head_dim, block_size, layers * 2, q_heads * head_dim, SCALE * LOG2_E,
-            stages, 128 if block_size % 128 == 0 else 64, turns,
+            stages, 128 if block_size % 128 == 0 else 64,
         )  # fmt: skip
     return out.view(tokens, -1)
 
@@ -86,14 +86,12 @@ def test_every_row(kernel: ModuleType, batch: str, group: int, head_dim: int, bl
     check(run(kernel, *given), *given)
 
 
-@pytest.mark.parametrize(
-    ("stages", "turns", "programs"), list(itertools.product((2, 3), (True, False), (1, 3)))
-)
-def test_programs_of_many_items(kernel: ModuleType, stages: int, turns: bool, programs: int) -> None:
+@pytest.mark.parametrize(("stages", "programs"), list(itertools.product((2, 3), (1, 3))))
+def test_programs_of_many_items(kernel: ModuleType, stages: int, programs: int) -> None:
     """Counts go on from item to item, also past such that are void: the second tile of rows of three queries."""
     given = step([3, 200, 66], [300, 200, 450], heads=1, group=2, head_dim=64, block_size=64)
     for seed in range(3):
-        out = run(kernel, *given, programs=programs, stages=stages, turns=turns, seed=seed)
+        out = run(kernel, *given, programs=programs, stages=stages, seed=seed)
         check(out, *given)
 
 

@@ -37,12 +37,15 @@ def sample(request: pytest.FixtureRequest) -> Sample:
         positions: torch.Tensor,
         numbers: SlotNumbers,
         feed: torch.Tensor | None = None,
+        advance: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         moved = SlotNumbers(*(getattr(numbers, name).cuda() for name in SlotNumbers.__slots__))
         fed = None if feed is None else feed.cuda()
-        token_ids, usable = operator(logits.cuda(), slots.cuda(), positions.cuda(), moved, fed)
+        at = positions.cuda()
+        token_ids, usable = operator(logits.cuda(), slots.cuda(), at, moved, fed, advance)
         if feed is not None and fed is not None:
             feed.copy_(fed)
+        positions.copy_(at)
         return token_ids.cpu(), usable.cpu()
 
     return on_the_card
@@ -181,6 +184,18 @@ def test_tokens_are_fed_back_and_the_logits_kept(sample: Sample) -> None:
     assert torch.equal(feed[slots, positions], token_ids)
     assert (feed >= 0).sum() == 5
     assert torch.equal(logits, kept)
+
+
+def test_positions_are_counted_up_where_asked(sample: Sample) -> None:
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(2))
+    slots, given = torch.arange(5), numbers(5, inv_temperature=1.0)
+    expected, _ = sample(logits, slots, torch.tensor([8, 1, 3, 6, 2]), given)
+    feed, positions = torch.full((5, 10), -1), torch.tensor([7, 0, 2, 5, 1])
+    token_ids, _ = sample(logits, slots, positions, given, feed, True)
+    assert torch.equal(token_ids, expected)
+    assert positions.tolist() == [8, 1, 3, 6, 2]
+    assert torch.equal(feed[slots, positions], token_ids)
+    assert (feed >= 0).sum() == 5
 
 
 def test_rows_may_stand_apart(sample: Sample) -> None:

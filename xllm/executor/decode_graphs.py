@@ -2,7 +2,8 @@
 
 A graph has a fixed number of rows, its size; a step of fewer sequences fills it up with rows of the spare slot. For each
 size there are two kinds: with the sampler inside, or ending with logits where a request needs more than the
-sampler's numbers (penalties, logprobs and the like).
+sampler's numbers (penalties, logprobs and the like). The first kind leaves its own next inputs behind: as long as the
+same sequences fill a graph, nothing has to be brought to the device between two steps.
 """
 
 import bisect
@@ -13,7 +14,7 @@ import torch
 
 from xllm.executor.graphs import GraphTable, Shape
 
-# (slots [B] int64, positions [B] int64, whether to sample) -> the step's outputs
+# (slots [B] int64, positions [B] int64, whether to sample) -> the step's outputs; one that samples counts positions up
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, ...]]
 
 
@@ -70,6 +71,7 @@ class DecodeGraphs:
             what=f"steps of {size} sequences",
             blank=lambda: self._blank(size),
             step=lambda tensors: self._step(tensors["slots"], tensors["positions"], sample),
+            counts_up=("positions",) if sample else (),
         )
 
 

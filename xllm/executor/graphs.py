@@ -23,6 +23,7 @@ class Shape:
     what: str  # for people: "steps of 8 sequences"
     blank: Callable[[], Arrays]  # inputs that do no harm, all of the spare slot; made when it is captured
     step: Callable[[Mapping[str, torch.Tensor]], tuple[torch.Tensor, ...]]  # reads only memory that stays
+    counts_up: tuple[str, ...] = ()  # inputs that the step itself counts up by one
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class GraphTable:
             return None
         captured.inputs.write(arrays)
         captured.graph.replay()
+        captured.inputs.count_up(shape.counts_up)
         self.replays += 1
         return captured.graph.outputs
 

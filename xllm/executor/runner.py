@@ -166,18 +166,19 @@ class Runner:
     def _decode(
         self, slots_B: torch.Tensor, positions_B: torch.Tensor, sample: bool
     ) -> tuple[torch.Tensor, ...]:
-        """What a graph captures: logits, or tokens (fed back already) and whether they are usable."""
+        """What a graph captures: logits, or tokens (fed back already) and whether they are usable, with the positions
+        counted up."""
         fwd = self._buffers.decode_forward(slots_B, positions_B, self._kv_cache)
         if not sample:
             return (self._model.logits(self._model.forward(fwd)),)
-        return self._sample(fwd, slots_B, positions_B + 1)
+        return self._sample(fwd, slots_B, positions_B, advance=True)
 
     def _sample(
-        self, fwd: Forward, slots_R: torch.Tensor, positions_R: torch.Tensor
+        self, fwd: Forward, slots_R: torch.Tensor, positions_R: torch.Tensor, *, advance: bool = False
     ) -> tuple[torch.Tensor, ...]:
         """One token for each of the rows wanted, fed back already, and whether it is usable; on the device alone."""
         logits = self._model.logits(self._model.forward(fwd))
-        return self._sampler.sample_plain(logits, slots_R, positions_R, self._buffers.tokens)
+        return self._sampler.sample_plain(logits, slots_R, positions_R, self._buffers.tokens, advance=advance)
 
     # a few short prompts as one graph
 

@@ -33,12 +33,14 @@ def sample(
     positions_R: Tensor,
     numbers: SlotNumbers,
     feed_SL: Tensor | None = None,
+    advance: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """-> token ids [R] int64 and whether each row had a usable distribution [R] bool.
 
     Row r belongs to slot slots_R[r] and its token will stand at positions_R[r], both int64. logits_RV is float32 or
     bfloat16 with contiguous rows, and is kept. A row is not usable that holds NaN or +inf, or nothing but -inf: it gets
-    token 0. Where `feed_SL` is given, feed_SL[slot, position] becomes the token.
+    token 0. Where `feed_SL` is given, feed_SL[slot, position] becomes the token. With `advance` positions_R are those of
+    the rows' own inputs, one less, and are counted up **in place**.
 
     Greedy takes the lowest of the best ids. Otherwise a token is the first whose running sum of weights exceeds the
     total times `uniforms(start, position)`. Top-p without top-k works by rejection: that token, drawn among what min-p
@@ -50,6 +52,8 @@ def sample(
     its filters up to that error. No host synchronisation, nothing of a size that depends on the data: a graph may
     capture it, once it has run for real.
     """
+    if advance:
+        positions_R += 1
     tokens, usable = [], []
     for logits, slot, position in zip(logits_RV.double(), slots_R.tolist(), positions_R, strict=True):
         usable.append(bool(logits.max().isfinite()))  # the maximum of a row with NaN is NaN

@@ -43,6 +43,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "cuda": {
         "linear": "xllm.ops.cuda.linear:linear",
+        "embedding": "xllm.ops.cuda.embedding:embedding",
         "rms_norm": "xllm.ops.cuda.norm:rms_norm",
         "add_rms_norm": "xllm.ops.cuda.norm:add_rms_norm",
         "rope_and_cache": "xllm.ops.cuda.rotary:rope_and_cache",

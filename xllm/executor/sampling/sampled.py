@@ -7,6 +7,7 @@ from torch import Tensor
 from xllm.core.plan import TokenLogprobs
 from xllm.device.cpu import CpuDevice
 from xllm.device.table import Device
+from xllm.executor.packing import download_all
 from xllm.executor.sampling.logprobs import FetchedScores, Scores
 
 _UNUSABLE = "the logits of this sequence are not finite, or its parameters leave no token to choose"
@@ -54,9 +55,10 @@ class Sampled:
 
     def fetch(self, device: Device) -> Fetched:
         """Starts the way to the host."""
+        token_ids, usable = download_all(device, self.token_ids, self.usable)
         return Fetched(
-            token_ids=device.download(self.token_ids),
-            usable=device.download(self.usable),
+            token_ids=token_ids,
+            usable=usable,
             scores=[(rows, scores.fetch(device)) for rows, scores in self.scores],
         )
 

@@ -89,14 +89,16 @@ class Sampler:
         return True
 
     def sample_plain(
-        self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, feed_SL: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, logits_RV: Tensor, slots_R: Tensor, positions_R: Tensor, feed_SL: Tensor | None = None,
+        *, advance: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """-> token ids [R] int64 and whether they are usable [R] bool, for rows that `is_plain`; a graph may capture it.
 
         slots_R and positions_R as in `sample`, int64 on the device; feed_SL[slot, position] becomes the token.
+        `advance` as in `xllm.ops.sampling`.
         """
         assert self._choose_all is not None, "this device chooses one kind of request after the other"
-        return self._choose_all(logits_RV, slots_R, positions_R, self._tensors.numbers, feed_SL)
+        return self._choose_all(logits_RV, slots_R, positions_R, self._tensors.numbers, feed_SL, advance)
 
     def sample(self, logits_RV: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Sampled:
         """Row r of the logits belongs to slot slots[r]; its token will stand at positions[r].

@@ -15,7 +15,7 @@ def silu_and_mul(gate_up_T2I: torch.Tensor) -> torch.Tensor:
     tokens, width = gate_up_T2I.shape[0], gate_up_T2I.shape[1] // 2
     y_TI = gate_up_T2I.new_empty((tokens, width))
     programs = tokens * programs_for(width, TILE)
-    _kernel(programs, gate_up_T2I, y_TI, pdl=uses_pdl(tokens), WIDTH=width, TILE=TILE)
+    _kernel(programs, gate_up_T2I, y_TI, pdl=uses_pdl(), WIDTH=width, TILE=TILE)
     return y_TI
 
 

@@ -1,5 +1,5 @@
-"""Attention over paged KV on a card: single queries and tiles of queries go through a kernel each, a long prompt
-alone through cuDNN.
+"""Attention over paged KV on a card: single queries and tiles of queries go through a kernel each; for tiles Hopper has
+one of its own.
 
 A backend that does better for some shapes is one more branch in `attention`, in front of ours.
 """
@@ -7,10 +7,9 @@ A backend that does better for some shapes is one more branch in `attention`, in
 import torch
 
 from xllm.ops.attention import AttentionInputs
-from xllm.ops.cuda import dense_attention
 from xllm.ops.cuda.attention_plan import QUERY_TILE
 from xllm.ops.cuda.decode_attention import decode_attention
-from xllm.ops.cuda.prefill_attention import prefill_attention
+from xllm.ops.cuda.hopper_attention import hopper_attention
 
 __all__ = ["QUERY_TILE", "attention"]
 
@@ -30,11 +29,9 @@ def attention(
     tokens, q_heads, head_dim = q_TQD.shape
     if inputs.tiles is None and inputs.num_decodes < inputs.context_lens.shape[0]:
         raise ValueError("attention on a card takes sequences of several queries by tiles: see query_tiles")
-    if dense_attention.fits(q_TQD, kv_cache, inputs, window):
-        return dense_attention.dense_attention(q_TQD, kv_cache, layer, inputs.block_table, scale)
     out_TE = torch.empty((tokens, q_heads * head_dim), dtype=q_TQD.dtype, device=q_TQD.device)
     if inputs.num_decodes:
         decode_attention(q_TQD, kv_cache, layer, inputs, scale, window, out_TE)
     if inputs.tiles is not None and inputs.tiles.shape[0]:
-        prefill_attention(q_TQD, kv_cache, layer, inputs, scale, window, out_TE)
+        hopper_attention(q_TQD, kv_cache, layer, inputs, scale, window, out_TE)
     return out_TE

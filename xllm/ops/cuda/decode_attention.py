@@ -128,7 +128,7 @@ def decode_attention(
     out_TE: torch.Tensor,
 ) -> None:
     """Attention of the first `inputs.num_decodes` sequences, into as many rows of `out_TE`."""
-    tokens, q_heads, head_dim = q_TQD.shape
+    _, q_heads, head_dim = q_TQD.shape
     block_size, kv_heads = kv_cache.shape[3:5]
     group, sequences = q_heads // kv_heads, inputs.num_decodes
     tiling = decode_tiling(group, head_dim, q_TQD.dtype, sequences)
@@ -145,5 +145,5 @@ def decode_attention(
         SCALE=scale * LOG2_E, WINDOW=window or 0,
         ROWS=tiling.rows, DIM=padded(head_dim), TILE=tiling.keys, STAGES=tiling.stages,
         HEADS=next_power_of_two(group), PASS=splits_per_pass(group, head_dim),
-        warps=tiling.warps, pdl=uses_pdl(tokens),
+        warps=tiling.warps, pdl=uses_pdl(),
     )  # fmt: skip

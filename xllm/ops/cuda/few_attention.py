@@ -207,6 +207,6 @@ def rope_cache_attention(
         ROWS=tiling.rows, DIM=padded(head_dim), TILE=tiling.keys,
         STAGES=tiling.stages - 1,  # the first tile is on its way before the loop
         HEADS=next_power_of_two(group), PASS=splits_per_pass(group, head_dim),
-        warps=tiling.warps, pdl=uses_pdl(tokens),
+        warps=tiling.warps, pdl=uses_pdl(),
     )  # fmt: skip
     return out_TE

@@ -49,7 +49,7 @@ def gemv(
         x_TK if bias_N is None else bias_N,
         y_TN,
         warps=cut.warps,
-        pdl=uses_pdl(tokens),
+        pdl=uses_pdl(),
         T=tokens,
         N=rows,
         K=columns,

@@ -132,7 +132,7 @@ def _multiply_keys(q, k_ring, place, layout: gl.constexpr):
 def _step(
     q, ring, my_turn, other_turn, count, first, position_M, weights_MN, peak_M, total_M, mixed_MD,
     GROUP_INDEX: gl.constexpr, HEAD_DIM: gl.constexpr, SCALE: gl.constexpr, MASKED: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """The values of the tile before, and the weights of tile number `count`, which begins at token `first`."""
     k_ring, v_ring, k_full, v_full, k_free, v_free = ring
@@ -143,13 +143,11 @@ def _step(
     v_phase = (count - 1) // STAGES & 1
     weights_MP = gl.convert_layout(weights_MN.to(gl.bfloat16), gl.DotOperandLayout(0, o_layout, 2))
     mbarrier.wait(k_full.index(place), count // STAGES & 1)
-    if TURNS:
-        mbarrier.wait(my_turn, count & 1 ^ 1 - GROUP_INDEX)
+    mbarrier.wait(my_turn, count & 1 ^ 1 - GROUP_INDEX)
     scores_MN = _multiply_keys(q, k_ring, place, s_layout)
     mbarrier.wait(v_full.index(v_place), v_phase)
     mixed_MD = warpgroup_mma(weights_MP, v_ring.index(v_place), mixed_MD, is_async=True)
-    if TURNS:
-        mbarrier.arrive(other_turn)
+    mbarrier.arrive(other_turn)
     scores_MN = warpgroup_mma_wait(1, deps=[scores_MN])
     mbarrier.arrive(k_free.index(place))
     weights_MN, peak_M, shrink_M = _weigh(scores_MN, position_M, first, peak_M, SCALE, MASKED, s_layout)
@@ -200,7 +198,7 @@ def _blank_values(v, full, phase, first, end, HEAD_DIM: gl.constexpr, layout: gl
 def _use(
     q_ptr, out_ptr, q_smem, ring, my_turn, other_turn, tiles_ptr, starts_ptr, contexts_ptr, items, row_tiles,
     GROUP_INDEX: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
-    Q_STRIDE: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    Q_STRIDE: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A group of four warps: its half of every item's rows."""
     row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
@@ -230,7 +228,7 @@ def _use(
             lowest = context - queries + first_query + first_row // GROUP
             out_MD = _attend_item(
                 q, ring, my_turn, other_turn, count, tiles, lowest, first_row,
-                GROUP_INDEX, GROUP, HEAD_DIM, SCALE, STAGES, TURNS,
+                GROUP_INDEX, GROUP, HEAD_DIM, SCALE, STAGES,
             )  # fmt: skip
             count += tiles
             q.store(out_MD.to(gl.bfloat16))  # for rows that are stored in one piece
@@ -262,7 +260,7 @@ def _use(
 def _attend_item(
     q, ring, my_turn, other_turn, count, tiles, lowest, first_row,
     GROUP_INDEX: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, SCALE: gl.constexpr,
-    STAGES: gl.constexpr, TURNS: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """[M, D] of a group's rows, the first of which stands at position `lowest`. There is a tile at least."""
     k_ring, v_ring, k_full, v_full, k_free, v_free = ring
@@ -273,11 +271,9 @@ def _attend_item(
     masked = tiles - gl.minimum((lowest + 1) // TILE, tiles)  # tiles that not all rows see all of
     place = count % STAGES
     mbarrier.wait(k_full.index(place), count // STAGES & 1)
-    if TURNS:
-        mbarrier.wait(my_turn, count & 1 ^ 1 - GROUP_INDEX)
+    mbarrier.wait(my_turn, count & 1 ^ 1 - GROUP_INDEX)
     scores_MN = _multiply_keys(q, k_ring, place, s_layout)
-    if TURNS:
-        mbarrier.arrive(other_turn)
+    mbarrier.arrive(other_turn)
     scores_MN = warpgroup_mma_wait(0, deps=[scores_MN])
     mbarrier.arrive(k_free.index(place))
     peak_M = gl.full([HALF], LOWEST, gl.float32, gl.SliceLayout(1, s_layout))
@@ -287,12 +283,12 @@ def _attend_item(
     for i in range(1, masked):
         weights_MN, peak_M, total_M, mixed_MD = _step(
             q, ring, my_turn, other_turn, count + i, (tiles - 1 - i) * TILE, position_M,
-            weights_MN, peak_M, total_M, mixed_MD, GROUP_INDEX, HEAD_DIM, SCALE, True, STAGES, TURNS,
+            weights_MN, peak_M, total_M, mixed_MD, GROUP_INDEX, HEAD_DIM, SCALE, True, STAGES,
         )  # fmt: skip
     for i in range(gl.maximum(masked, 1), tiles):
         weights_MN, peak_M, total_M, mixed_MD = _step(
             q, ring, my_turn, other_turn, count + i, (tiles - 1 - i) * TILE, position_M,
-            weights_MN, peak_M, total_M, mixed_MD, GROUP_INDEX, HEAD_DIM, SCALE, False, STAGES, TURNS,
+            weights_MN, peak_M, total_M, mixed_MD, GROUP_INDEX, HEAD_DIM, SCALE, False, STAGES,
         )  # fmt: skip
     last = count + tiles - 1
     place = last % STAGES
@@ -319,7 +315,7 @@ def attend(
     items, row_tiles, layer, table_stride,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK: gl.constexpr,
     PLANES: gl.constexpr, Q_STRIDE: gl.constexpr, SCALE: gl.constexpr,
-    STAGES: gl.constexpr, BOX: gl.constexpr, TURNS: gl.constexpr,
+    STAGES: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """Any grid: programs share the `items`, which are `row_tiles` and KV heads of each of the tiles of queries. `kv`
     describes the whole cache, as [block, layer, k|v, token] by [KV head, feature]."""
@@ -336,9 +332,9 @@ def attend(
     gl.warp_specialize(
         [
             (_use, (q_ptr, out_ptr, q_smem, ring, turn_0, turn_1, tiles_ptr, starts_ptr, contexts_ptr, items,
-                    row_tiles, 0, KV_HEADS, GROUP, HEAD_DIM, Q_STRIDE, SCALE, STAGES, TURNS)),
+                    row_tiles, 0, KV_HEADS, GROUP, HEAD_DIM, Q_STRIDE, SCALE, STAGES)),
             (_use, (q_ptr, out_ptr, q_smem, ring, turn_1, turn_0, tiles_ptr, starts_ptr, contexts_ptr, items,
-                    row_tiles, 1, KV_HEADS, GROUP, HEAD_DIM, Q_STRIDE, SCALE, STAGES, TURNS)),
+                    row_tiles, 1, KV_HEADS, GROUP, HEAD_DIM, Q_STRIDE, SCALE, STAGES)),
             (_copy, (kv, ring, table_ptr, tiles_ptr, starts_ptr, contexts_ptr, items, row_tiles, layer, table_stride,
                      KV_HEADS, GROUP, HEAD_DIM, BLOCK, PLANES, STAGES, BOX)),
         ],

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xllm.ops.cuda.launch import launch
+from xllm.ops.cuda.launch import launch, trigger, uses_pdl, wait
 
 WIDTH = 128  # block ids copied at once
 
@@ -14,8 +14,10 @@ def _decode_inputs(
     slots_ptr, positions_ptr, tokens_ptr, table_ptr,
     ids_ptr, kv_slots_ptr, contexts_ptr, rows_ptr,
     tokens_stride, table_stride, width,
-    BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait(PDL)
+    trigger(PDL)
     row = tl.program_id(0)
     slot = tl.load(slots_ptr + row)
     position = tl.load(positions_ptr + row)
@@ -43,11 +45,12 @@ def decode_inputs(
     token_ids, kv_slots = torch.empty_like(slots_B), torch.empty_like(slots_B)
     contexts = torch.empty(count, dtype=torch.int32, device=slots_B.device)
     rows = torch.empty((count, width), dtype=torch.int32, device=slots_B.device)
+    pdl = uses_pdl()
     launch(
         _decode_inputs, (count,),
         slots_B, positions_B, tokens_SM, block_table_SW,
         token_ids, kv_slots, contexts, rows,
         tokens_SM.stride(0), block_table_SW.stride(0), width,
-        BLOCK_SIZE=block_size, WIDTH=WIDTH, num_warps=1,
+        BLOCK_SIZE=block_size, WIDTH=WIDTH, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
     return token_ids, kv_slots, contexts, rows

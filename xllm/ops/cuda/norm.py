@@ -34,7 +34,7 @@ def _norm(
         weight_K,
         y_TK,
         warps=norm_warps(columns),
-        pdl=uses_pdl(tokens),
+        pdl=uses_pdl(),
         K=columns,
         WIDTH=padded(columns),
         EPS=eps,

@@ -116,7 +116,7 @@ def _run(
         *integers,
         warps=chosen.warps,
         stages=chosen.stages,
-        pdl=uses_pdl(tokens),
+        pdl=uses_pdl(),
         N=weight.rows,
         K=weight.columns,
         **layout,

@@ -53,7 +53,7 @@ def rope_and_cache(
         kv_slots_T,
         q_TQD,
         layer,
-        pdl=uses_pdl(tokens),
+        pdl=uses_pdl(),
         Q=q_heads,
         H=kv_heads,
         D=head_dim,

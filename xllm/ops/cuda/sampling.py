@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from xllm.ops.cuda.drawing import draw_inside, first_best, is_kept, list_chunks, masses_of, pick, uniform
-from xllm.ops.cuda.launch import launch
+from xllm.ops.cuda.launch import launch, trigger, uses_pdl, wait
 from xllm.ops.cuda.tiling import padded, programs_for
 from xllm.ops.cuda.top_k import among_candidates, collect, lower_bound, threshold
 from xllm.ops.sampling import SlotNumbers
@@ -73,13 +73,23 @@ def scratch(device: torch.device, rows: int, chunks: int) -> Scratch:
     return made
 
 
+def _results(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and whether they are usable, in one piece of memory: one copy brings both to the host."""
+    ids = 8 * rows
+    flags = programs_for(ids, 16) * 16  # kernels are compiled for aligned pointers
+    piece = torch.empty(flags + rows, dtype=torch.uint8, device=device)
+    return piece[:ids].view(torch.int64), piece[flags:].view(torch.bool)
+
+
 @triton.jit
 def _survey(
     logits_ptr, logits_stride, vocab, slots_ptr, inv_temperature_ptr, top_k_ptr, maxima_ptr, masses_ptr,
-    N: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Of M chunks of a row: the largest logit, +inf if there is NaN; and, where it will be needed, what the tokens weigh
     in units of the chunk's likeliest."""
+    wait(PDL)
+    trigger(PDL)
     row = tl.program_id(1)
     chunk_M = tl.program_id(0) * M + tl.arange(0, M)
     ids_MC = chunk_M[:, None] * C + tl.arange(0, C)[None, :]
@@ -135,15 +145,18 @@ def _surveyed(masses_ptr, maxima_N, best, scale, N: tl.constexpr):
     return (masses_N * tl.exp2((maxima_N - best) * scale)).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["feed_stride"])
+@triton.jit(do_not_specialize=["feed_stride", "ahead"])
 def _choose(
     logits_ptr, logits_stride, vocab, slots_ptr, positions_ptr,
     starts_ptr, inv_temperature_ptr, min_p_ptr, top_p_ptr, top_k_ptr,
-    maxima_ptr, masses_ptr, list_ptr, groups_ptr, values_ptr, ids_ptr, tokens_ptr, usable_ptr, feed_ptr, feed_stride,
+    maxima_ptr, masses_ptr, list_ptr, groups_ptr, values_ptr, ids_ptr, tokens_ptr, usable_ptr,
+    feed_ptr, feed_stride, ahead,
     SHIFT: tl.constexpr,
     N: tl.constexpr, B: tl.constexpr, M: tl.constexpr, C: tl.constexpr, K: tl.constexpr, G: tl.constexpr,
-    J: tl.constexpr,
+    J: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    wait(PDL)
+    trigger(PDL)
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
     maxima_ptr, masses_ptr, list_ptr = maxima_ptr + row * N, masses_ptr + row * N, list_ptr + row * N
@@ -151,7 +164,7 @@ def _choose(
     at_N = tl.arange(0, N)
     maxima_N = tl.load(maxima_ptr + at_N, mask=at_N < tl.cdiv(vocab, C), other=float("-inf"))
     slot = tl.load(slots_ptr + row)
-    position = tl.load(positions_ptr + row)
+    position = tl.load(positions_ptr + row) + ahead
     start = tl.load(starts_ptr + slot)
     inv_temperature = tl.load(inv_temperature_ptr + slot)
     min_p = tl.load(min_p_ptr + slot)
@@ -197,9 +210,11 @@ def _choose(
             )  # fmt: skip
     tl.store(tokens_ptr + row, token)
     tl.store(usable_ptr + row, usable)
-    # a branch and no constant: with two kernels the first step of the other kind would wait for a compiler
+    # branches and no constants: with several kernels the first step of another kind would wait for a compiler
     if feed_stride > 0:
         tl.store(feed_ptr + slot * feed_stride + position, token)
+    if ahead > 0:
+        tl.store(positions_ptr + row, position)
 
 
 def sample(
@@ -208,18 +223,19 @@ def sample(
     positions_R: Tensor,
     numbers: SlotNumbers,
     feed_SL: Tensor | None = None,
+    advance: bool = False,
 ) -> tuple[Tensor, Tensor]:
     rows, vocab = logits_RV.shape
     chunks = programs_for(vocab, CHUNK)
     N = max(padded(chunks), SURVEYED)
     room = scratch(logits_RV.device, max(rows, len(numbers.starts)), N)
-    token_ids_R = torch.empty(rows, dtype=torch.int64, device=logits_RV.device)
-    usable_R = torch.empty(rows, dtype=torch.bool, device=logits_RV.device)
+    token_ids_R, usable_R = _results(rows, logits_RV.device)
+    pdl = uses_pdl()
     stride = logits_RV.stride(0)
     launch(
         _survey, (programs_for(chunks, SURVEYED), rows),
         logits_RV, stride, vocab, slots_R, numbers.inv_temperature, numbers.top_k, room.maxima_RN, room.masses_RN,
-        N=N, M=SURVEYED, C=CHUNK, num_warps=SURVEY_WARPS,
+        N=N, M=SURVEYED, C=CHUNK, PDL=pdl, num_warps=SURVEY_WARPS, launch_pdl=pdl,
     )  # fmt: skip
     launch(
         _choose, (rows,),
@@ -227,7 +243,9 @@ def sample(
         numbers.starts, numbers.inv_temperature, numbers.min_p, numbers.top_p, numbers.top_k,
         room.maxima_RN, room.masses_RN, room.list_RN, room.groups_RK, room.values_RK, room.ids_RK, token_ids_R, usable_R,
         token_ids_R if feed_SL is None else feed_SL, 0 if feed_SL is None else feed_SL.stride(0),
+        int(advance),
         SHIFT=16 if logits_RV.dtype == torch.bfloat16 else 0,
-        N=N, B=BROAD, M=TILE, C=CHUNK, K=CANDIDATES, G=GROUPS, J=COMPARED, num_warps=CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS,
+        N=N, B=BROAD, M=TILE, C=CHUNK, K=CANDIDATES, G=GROUPS, J=COMPARED, PDL=pdl,
+        num_warps=CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, launch_pdl=pdl,
     )  # fmt: skip
     return token_ids_R, usable_R

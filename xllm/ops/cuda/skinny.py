@@ -51,7 +51,7 @@ def skinny(x_TK: torch.Tensor, weight: torch.Tensor, bias_N: torch.Tensor | None
         tokens,
         warps=cut.warps,
         stages=cut.stages,
-        pdl=uses_pdl(tokens),
+        pdl=uses_pdl(),
         N=rows,
         K=columns,
         TOKENS=8 if tokens <= 8 else tiling.SKINNY_TOKENS,
