@@ -24,7 +24,7 @@ from xllm.ops.table import QUANTISED, FewOps, Ops, resolve
 
 COVER = 256 << 20  # bytes that the inputs in turn take together: several times what a card caches
 EPS = 1e-6
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 512)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 Settings = tuple[tuple[object, str, object], ...]  # (module, name, what stands there meanwhile)
 Found = Iterator[tuple[str, Settings]]  # settings worth trying, by name

@@ -29,13 +29,16 @@ HERE = Path(__file__).resolve().parent
 FEW, MANY = 8, 72  # tokens to generate
 NAMES: tuple[tuple[str, str], ...] = (
     ("_decode_inputs", "inputs, copies"),
+    ("_look_up", "inputs, copies"),
     ("Memcpy", "inputs, copies"),
     ("Memset", "inputs, copies"),
     ("_few", "attention"),
     ("_decode", "attention"),
     ("_prefill", "attention"),
+    ("attend", "attention"),
     ("_gemv", "products"),
     ("_skinny", "products"),
+    ("_narrow", "products"),
     ("nvjet", "products"),
     ("splitK", "products"),
     ("gemm", "products"),

@@ -28,20 +28,28 @@ def test_every_array_is_aligned_for_wide_loads():
     assert first.dtype == torch.int32
 
 
+class CountingDevice(ReferenceDevice):
+    def __init__(self):
+        super().__init__()
+        self.downloads = 0
+
+    def download(self, tensor):
+        self.downloads += 1
+        return super().download(tensor)
+
+
 def test_what_lies_together_comes_back_in_one_copy():
     piece = torch.arange(40, dtype=torch.uint8)
     ids, flags, apart = piece[16:32].view(torch.int64), piece[34:37].view(torch.bool), torch.arange(3)
 
     def copies(*tensors):
-        device, downloads = ReferenceDevice(), []
-        download = device.download
-        device.download = lambda tensor: downloads.append(tensor) or download(tensor)
+        device = CountingDevice()
         fetched = download_all(device, *tensors)
         device.mark().wait()
         for host, tensor in zip(fetched, tensors, strict=True):
             assert host.dtype == tensor.dtype
             assert torch.equal(host, tensor)
-        return len(downloads)
+        return device.downloads
 
     assert copies(ids, flags) == copies(flags, ids) == copies(ids[1:], flags[:2]) == 1
     assert copies(ids, apart) == copies(apart, ids[:0]) == 2

@@ -19,7 +19,7 @@ SHARED_MEMORY = 227 * 1024  # of a program, on Hopper
         (4096, 1024, False, (8, 1024, 4, 1)),  # Qwen3-0.6B: query, key and value
         (1024, 2048, False, (8, 2048, 4, 1)),  # attention's output
         (3072, 1024, True, (4, 512, 2, 1)),  # gate and up
-        (1024, 3072, False, (4, 1024, 4, 3)),  # down
+        (1024, 3072, False, (8, 1024, 4, 3)),  # down
         (151936, 1024, False, (8, 512, 4, 2)),  # vocabulary
         (6144, 4096, False, (4, 1024, 4, 3)),  # Qwen3-8B, likewise
         (4096, 4096, False, (8, 1024, 4, 1)),
@@ -54,6 +54,53 @@ def test_skinny_products_keep_what_was_measured(
 ) -> None:
     cut = tiling.skinny(rows, columns, False)
     assert (cut.rows, cut.tile, cut.splits, cut.stages) == rows_tile_splits_stages
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens_rows_splits"),  # for 17 to 32 tokens, for 33 to 64, for 65 to 128
+    [
+        (4096, 1024, (None, (32, 64, 1), (64, 64, 1))),
+        (1024, 2048, ((32, 32, 4), (32, 64, 4), None)),
+        (1024, 3072, ((32, 32, 4), (32, 64, 4), (64, 64, 4))),
+        (4096, 4096, ((32, 64, 2), None, None)),
+        (4096, 12288, ((32, 64, 2), (64, 64, 2), None)),
+        (6144, 1024, (None, None, None)),
+        (151936, 1024, (None, None, None)),
+        (6144, 4096, (None, None, None)),
+        (24576, 4096, (None, None, None)),
+        (151936, 4096, (None, None, None)),
+    ],
+)
+def test_narrow_products_keep_what_was_measured(
+    rows: int, columns: int, tokens_rows_splits: tuple[tuple[int, int, int] | None, ...]
+) -> None:
+    for least, most, expected in zip((17, 33, 65), (32, 64, 128), tokens_rows_splits, strict=True):
+        for tokens in range(least, most + 1):
+            cut = tiling.narrow(rows, columns, tokens)
+            assert (cut and (cut.tokens, cut.rows, cut.splits)) == expected
+            assert cut is None or (cut.tile, cut.stages, cut.warps, cut.ahead) == (128, 6, 4, 512)
+    assert tiling.narrow(rows, columns, 16) is tiling.narrow(rows, columns, 129) is None
+
+
+@given(
+    st.integers(1, 200),
+    st.sampled_from([32, 64, 128]).flatmap(lambda unit: st.integers(1, 150).map(lambda n: n * unit))
+    | SHAPES[0],
+    st.integers(1, 120).map(lambda n: n * 128) | SHAPES[1],
+)
+def test_a_narrow_product_is_one_wave_of_whole_tiles(tokens: int, rows: int, columns: int) -> None:
+    cut = tiling.narrow(rows, columns, tokens)
+    if cut is None:
+        return
+    assert rows % cut.rows == 0 and columns % (cut.splits * cut.tile) == 0  # the kernel has no masks for them
+    assert cut.ahead % 64 == 0 and cut.ahead <= columns // cut.splits
+    token_tiles = tiling.programs_for(tokens, cut.tokens)
+    assert rows // cut.rows * cut.splits * token_tiles == tiling.MULTIPROCESSORS
+    assert cut.stages * (cut.rows + cut.tokens) * cut.tile * 2 + 1024 < SHARED_MEMORY
+    if cut.splits > 1:  # the workspace of skinny products holds the sums
+        room = tiling.SPLIT_PROGRAMS * tiling.SPLIT_ROWS * tiling.SKINNY_TOKENS
+        assert tiling.MULTIPROCESSORS * cut.rows * cut.tokens <= room
+        assert rows // cut.rows * token_tiles <= tiling.SPLIT_PROGRAMS
 
 
 @given(st.integers(1, 8), *SHAPES, st.booleans())

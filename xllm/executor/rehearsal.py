@@ -24,7 +24,7 @@ from xllm.ops.sampling import SlotNumbers
 from xllm.ops.table import Ops
 
 log = logging.getLogger(__name__)
-DECODES = (1, 8, 16, 32)  # sequences: up to these other kernels are taken; more are as 32
+DECODES = (1, 8, 16, 32, 64, 128)  # sequences: up to these other kernels are taken; more are as any
 CHUNKS = (2048, 128)  # tokens of a prompt, many and few for a card
 
 

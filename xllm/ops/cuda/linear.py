@@ -1,12 +1,14 @@
 """Matrix products with plain weights: one row, a few and many take different kernels.
 
 One row is a GEMV, up to 16 are a skinny product. On an H200, at the shapes of Qwen3, a step with them is 3 to 30 %
-faster than with cuBLAS, partly because they overlap with their neighbours (`launch`). More rows are cuBLAS's.
+faster than with cuBLAS, partly because they overlap with their neighbours (`launch`). Up to 128 rows are a narrow product
+where the weight is of a shape for it (`tiling.narrow`). Everything else is cuBLAS's.
 """
 
 import torch
 import torch.nn.functional as F
 
+from xllm.ops.cuda import narrow
 from xllm.ops.cuda.gemv import MAX_COLUMNS, gemv
 from xllm.ops.cuda.skinny import skinny
 from xllm.ops.cuda.tiling import SKINNY_TOKENS
@@ -16,6 +18,8 @@ ALIGNED = 8  # numbers of two bytes: 16 bytes, what the products' fast ways ask 
 
 def linear(x_TK: torch.Tensor, weight: torch.Tensor, bias_N: torch.Tensor | None) -> torch.Tensor:
     tokens, columns = x_TK.shape
+    if narrow.fits(x_TK, weight):
+        return narrow.narrow(x_TK, weight, bias_N)
     if not 1 <= tokens <= SKINNY_TOKENS or weight.dtype != x_TK.dtype or not weight.is_contiguous():
         return _by_cublas(x_TK, weight.to(x_TK.dtype), bias_N)
     x_TK = x_TK.contiguous()

@@ -7,13 +7,18 @@ within a decode step; for shapes between and beyond they follow the reason. Atte
 import functools
 from dataclasses import dataclass
 
-SKINNY_TOKENS = 16  # more are cuBLAS's
+SKINNY_TOKENS = 16  # more are `narrow`'s or cuBLAS's
+NARROW_TOKENS = 128  # more are cuBLAS's
 MULTIPROCESSORS = 128  # at least so many are to have work
 MANY_ROWS = 6144  # a weight of so many rows gives programs enough, however it is cut
 MAX_SPLITS = 4
 AT_ONCE = 4096  # rows under way at a time: 4 programs of 8 on each multiprocessor, registers permitting
 SPLIT_ROWS = 32  # rows of a program whose columns are split, at most
 SPLIT_PROGRAMS = MANY_ROWS // 16 * MAX_SPLITS  # programs whose columns are split, at most
+NARROW_TILE = 128
+NARROW_ROWS = 1024, 4096  # of a weight: more give cuBLAS programs enough, of fewer nothing has been measured
+SMALL_WEIGHT = 1 << 22  # numbers: so few that reading them from the second-level cache again costs little
+LONG_ROW = 8192  # numbers; so long are those of "down" in models of 8B and more
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,19 @@ class Skinny:
     splits: int  # programs that share the columns of their rows
     stages: int  # tiles on their way at a time
     warps: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Narrow:
+    """How tensor cores go through a weight for 17 to 128 tokens: by one wave of programs."""
+
+    tokens: int  # of a program
+    rows: int  # of the weight, per program
+    splits: int  # programs that share the columns of their rows
+    tile: int  # columns at a time
+    stages: int = 6  # tiles on their way at a time: what shared memory holds of 64 rows and 64 tokens
+    warps: int = 4
+    ahead: int = 512  # columns fetched before the wait for the predecessor; every split has as many
 
 
 def programs_for(count: int, each: int) -> int:
@@ -82,7 +100,7 @@ def _one_token(rows: int, columns: int, gated: bool) -> tuple[int, int, int, int
     if columns > 8192:  # long rows: the last programs of 8 would run alone for long, and those of 4 warps
         return 4, 1024, 2, 3
     if rows <= 2048:  # all programs have a place: much of a row is on its way before the wait
-        return (8, 2048, 4, 1) if columns <= 2048 else (4, 1024, 4, 3)
+        return (8, 2048, 4, 1) if columns <= 2048 else (8, 1024, 4, 3)
     if rows <= AT_ONCE:  # registers for a second tile ahead would leave some programs for later
         return 8, 1024, 4, 1
     if rows <= 4 * AT_ONCE:  # programs come in a few turns: of smaller ones the last turn is shorter
@@ -104,6 +122,37 @@ def skinny(rows: int, columns: int, exact: bool) -> Skinny:
     if splits == 1:
         return Skinny(rows=32, tile=256, splits=1, stages=3)
     return Skinny(SPLIT_ROWS, tile=128, splits=_even(columns, 128, min(splits, MAX_SPLITS)), stages=4)
+
+
+@functools.cache
+def narrow(rows: int, columns: int, tokens: int) -> Narrow | None:
+    """None where cuBLAS is as fast or faster. For bfloat16; nothing is left over at any edge of the weight.
+
+    What is gained is latency, 4 to 25 %, and only where the weight goes into exactly one wave: a program for nearly
+    every multiprocessor, none with two, the ring of each full of tiles on their way. With wider weights cuBLAS is near
+    the memory's speed, and with more tokens its larger tiles are better to the tensor cores: then only small weights
+    are left, which arrive in no time, and very long rows. Splits cost the meeting of their sums, which grow with the
+    tokens, so each must have enough of a row.
+    """
+    least, most = NARROW_ROWS
+    if not (SKINNY_TOKENS < tokens <= NARROW_TOKENS and least <= rows <= most):
+        return None
+    if tokens <= 32:
+        each = 32
+    elif rows * columns <= SMALL_WEIGHT:
+        each = padded(tokens) // 2  # two programs read the same rows, which makes fewer splits
+    elif tokens <= 64 and columns > LONG_ROW:
+        each = 64
+    else:
+        return None
+    places = MULTIPROCESSORS // programs_for(tokens, each)  # programs for the weight
+    height = 64 if places * 64 <= rows * MAX_SPLITS else 32  # 64 are what Hopper's tensor cores take at once
+    splits = places * height // rows
+    if splits * rows != places * height or splits > MAX_SPLITS or columns % (splits * NARROW_TILE):
+        return None
+    if columns < (1024 if splits == 1 else 2048) or (tokens > 64 and columns // splits < 768):
+        return None
+    return Narrow(each, height, splits, NARROW_TILE)
 
 
 def _tile(columns: int, most: int) -> int:
