@@ -65,6 +65,7 @@ def test_products_are_exact_enough(
 
 
 @pytest.mark.parametrize(("rows", "columns", "tokens"), EACH_KIND)
+@torch.inference_mode()  # as the engine runs, whose workspace may not be written outside of it
 def test_the_same_bits_every_time_whatever_lies_beyond(rows: int, columns: int, tokens: int) -> None:
     """x is the front of a buffer whose other rows are not numbers; sums of splits meet in the same order."""
     buffer = torch.full((128 + tokens, columns), torch.nan, dtype=torch.bfloat16, device=DEVICE)

@@ -23,6 +23,8 @@ from xllm.models.forward import Forward, Model
 
 log = logging.getLogger(__name__)
 
+BEGINS = 16  # of so many steps that follow each other one is marked at its begin: a mark costs a card 6 microseconds
+
 Finish = Callable[[], StepResult]
 
 
@@ -51,7 +53,7 @@ class Runner:
         self._last: Mark | None = None  # the end of the last step submitted
         self._in_flight = 0
         self._steps = 0
-        self._device_s = self._bubble_s = 0.0
+        self._device_s = self._bubble_s = self._gap = 0.0  # the gap: before the last step whose begin was marked
         self.progress = 0  # layers submitted and steps finished since start: what health looks at
         model.on_layer = self._advance
 
@@ -64,27 +66,38 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Finish:
         with self._watched():
-            begin = self._device.mark()
+            follows = self._last if self._in_flight else None  # else the device may have waited for a request
+            marked = follows is None or self._steps % BEGINS == 0
+            begin = self._device.mark() if marked else None
             self._admit(plan)
             finish = self._replay_decode(plan) or self._replay_chunks(plan) or self._eager(plan)
             end = self._device.mark()
         self._steps += 1
-        before, self._last = self._last, end
+        self._last = end
         self._in_flight += 1
-        follows = before if self._in_flight > 1 else None  # else the device may have waited for a request
 
         def result() -> StepResult:
             with self._watched():
                 end.wait()
                 self.progress += 1
                 self._in_flight -= 1
-                seconds = end.since(begin)
-                self._device_s += seconds
-                if follows is not None:
-                    self._bubble_s += begin.since(follows)
-                return finish(seconds)
+                return finish(self._took(follows, begin, end))
 
         return result
+
+    def _took(self, follows: Mark | None, begin: Mark | None, end: Mark) -> float:
+        """Seconds of a step. Without a mark at its begin the gap before it is taken to be as the last that is known."""
+        if begin is not None and follows is not None:
+            self._gap = begin.since(follows)
+        if follows is not None:
+            self._bubble_s += self._gap
+        if begin is not None:
+            seconds = end.since(begin)
+        else:
+            assert follows is not None, "a step that follows none is marked"
+            seconds = max(0.0, end.since(follows) - self._gap)
+        self._device_s += seconds
+        return seconds
 
     @property
     def stats(self) -> ExecutorStats:
