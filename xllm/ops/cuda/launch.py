@@ -31,7 +31,7 @@ import functools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -90,10 +90,27 @@ def only_compiling() -> bool:
     return _only_compiling.get()
 
 
+def _compile_starter(kernel: Any) -> None:
+    """Triton starts each kernel by a piece of C, which it has compiled when the kernel first runs: a quarter of a second
+    each, one after the other. Where `kernel` is on its way, that piece comes right behind it, in the same thread."""
+    future = getattr(kernel, "future", None)
+    if future is not None and not hasattr(future, "starter_follows"):
+        future.starter_follows = True
+        future.add_done_callback(_compile_starter_of)
+
+
+def _compile_starter_of(future: Any) -> None:
+    with suppress(Exception):  # what fails here is tried again by the first launch, which says why it fails
+        kernel = future.result()
+        triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)  # keeps it on disk
+
+
 def launch(function: Any, grid: tuple[int, ...], *arguments: object, **constants_and_options: object) -> Any:
     """`function[grid](...)`, or its compilation alone (see `compiling`)."""
     if _only_compiling.get():
-        return function.warmup(*arguments, grid=grid, **constants_and_options)
+        kernel = function.warmup(*arguments, grid=grid, **constants_and_options)
+        _compile_starter(kernel)
+        return kernel
     return function[grid](*arguments, **constants_and_options)
 
 
