@@ -1,5 +1,7 @@
 """What every device promises, on each that this machine has."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +99,69 @@ def test_marks_tell_the_time_between_them(device):
     first.wait()
     assert second.since(first) > 0
     assert first.since(first) == 0
+
+
+def test_work_beside_comes_after_its_mark(device):
+    numbers = torch.zeros(1 << 16, dtype=torch.uint8, device=device.torch_device)
+    down, up = device.pinned(1 << 16), device.pinned(1 << 16)
+    up[:] = 9
+    busy = torch.ones(300, 300, device=device.torch_device)
+    for n in range(1, 6):
+        for _ in range(10):
+            busy = (busy @ busy).softmax(0)
+        numbers += n
+        mark = device.mark()
+        with device.beside(mark):
+            down.copy_(numbers, non_blocking=True)
+            numbers.copy_(up, non_blocking=True)
+            copied = device.mark()
+        copied.wait()
+        assert down.unique().tolist() == [n if n == 1 else 9 + n]
+        assert numbers.unique().tolist() == [9]
+        assert copied.since(mark) >= 0
+
+
+def test_a_mark_beside_is_not_one_of_the_ordinary_work(card):
+    numbers = torch.ones(4, device=card.torch_device)
+    here = card.download(numbers)
+    mark = card.mark()
+    later = card.download(numbers + 1)
+    with card.beside(mark):
+        beside = card.mark()
+    end = card.mark()
+    beside.wait()
+    mark.wait()
+    assert here.tolist() == [1.0] * 4
+    end.wait()
+    assert later.tolist() == [2.0] * 4
+
+
+def test_work_beside_is_submitted_by_another_thread(card):
+    numbers, there = torch.full((1000,), 7, device=card.torch_device), []
+    down = card.pinned(1000 * numbers.element_size()).view(numbers.dtype)
+
+    def copy(mark):
+        with card.beside(mark):
+            down.copy_(numbers, non_blocking=True)
+            there.append(card.mark())
+
+    later = card.download(numbers)
+    thread = threading.Thread(target=copy, args=(card.mark(),))
+    thread.start()
+    latest = card.download(numbers + 1)
+    thread.join()
+    there[0].wait()
+    assert down.unique().tolist() == [7]
+    card.mark().wait()
+    assert latest.unique().tolist() == [8]
+    del later
+
+
+def test_pinned_memory_has_the_size_asked_for(device):
+    memory = device.pinned(3 * 4096 + 17)
+    assert memory.dtype == torch.uint8
+    assert memory.shape == (3 * 4096 + 17,)
+    assert memory.device.type == "cpu"
+    assert memory.is_pinned() == (device.torch_device.type == "cuda")
+    memory[:] = 3
+    assert memory.sum() == 3 * memory.numel()

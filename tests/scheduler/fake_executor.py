@@ -73,6 +73,7 @@ class FakeExecutor:
         self.block_size = block_size
         self.burst = burst
         self.queue: deque[StepPlan] = deque()
+        self.steps_run = 0
         self.rows: dict[int, Row] = {}
         self.salts: dict[str, str] = {}  # by request id; a real model sees other media instead
         self.memory: dict[tuple[int, int], int] = {}  # (block, offset) -> fingerprint
@@ -91,6 +92,7 @@ class FakeExecutor:
 
     def result(self) -> StepResult:
         plan = self.queue.popleft()
+        self.steps_run += 1
         for new in plan.new:
             self.rows[new.slot] = self._row(new)
         for slot, blocks in plan.appended:

@@ -4,14 +4,18 @@ from collections import defaultdict
 from typing import Any
 
 from tests.scheduler.fake_executor import FakeExecutor, alone
+from tests.scheduler.fake_mover import FakeMover
 from xllm.config.decided import SchedulerConfig
 from xllm.core.output import Finish, SequenceOutput
 from xllm.core.plan import StepPlan
 from xllm.core.request import Request
 from xllm.core.sampling import SamplingParams
 from xllm.kv import hashing
-from xllm.kv.events import Cleared, Event, EventLog, Removed, Stored
+from xllm.kv.events import DEVICE, DISK, HOST, Cleared, Event, EventLog, Removed, Stored
 from xllm.kv.pool import BlockPool
+from xllm.kv.tiers.cost import Cost
+from xllm.kv.tiers.offload import Offload
+from xllm.kv.tiers.slots import SlotIndex
 from xllm.scheduler.scheduler import Scheduler
 
 DEFAULTS: dict[str, Any] = {
@@ -52,7 +56,7 @@ class Mirror:
     def __init__(self, block_size: int):
         self.block_size = block_size
         self.log = EventLog()
-        self.names: set[bytes] = set()
+        self.names: dict[str, set[bytes]] = defaultdict(set)  # by medium
         self.seen: list[Event] = []
 
     def follow(self) -> None:
@@ -62,11 +66,11 @@ class Mirror:
                 case Stored():
                     parent = hashing.root(event.salt) if event.parent is None else event.parent
                     assert event.names == hashing.chain(parent, event.token_ids, self.block_size)
-                    assert not self.names & set(event.names)
-                    self.names |= set(event.names)
+                    assert not self.names[event.medium] & set(event.names)
+                    self.names[event.medium] |= set(event.names)
                 case Removed():
-                    assert self.names >= set(event.names)
-                    self.names -= set(event.names)
+                    assert self.names[event.medium] >= set(event.names)
+                    self.names[event.medium] -= set(event.names)
                 case Cleared():
                     self.names.clear()
 
@@ -82,6 +86,8 @@ class Rig:
         step_s: float = 0.01,
         check_every: bool = True,
         recorded: bool = False,
+        host_slots: int = 0,
+        disk_slots: int = 0,
         **changes: Any,
     ):
         self.config = config(**changes)
@@ -89,14 +95,21 @@ class Rig:
         self.pool = BlockPool(
             num_blocks, block_size, prefix_caching, self.mirror.log if self.mirror is not None else None
         )
-        self.scheduler = Scheduler(self.config, self.pool)
+        self.offload = self._offload(host_slots, disk_slots) if host_slots else None
+        self.scheduler = Scheduler(self.config, self.pool, self.offload)
         self.executor = FakeExecutor(block_size, burst)
+        self.mover = FakeMover(self.executor)
         self.now = 0.0
         self.step_s = step_s
         self.check_every = check_every  # move; else only at the end, for long runs
         self.added: dict[str, Request] = {}
         self.outputs: dict[str, list[SequenceOutput]] = defaultdict(list)
         self.plans: list[StepPlan] = []
+
+    def _offload(self, host_slots: int, disk_slots: int) -> Offload:
+        log = None if self.mirror is None else self.mirror.log
+        disk = SlotIndex(disk_slots, DISK, log) if disk_slots else None
+        return Offload(SlotIndex(host_slots, HOST, log), disk, Cost())
 
     # moves
 
@@ -110,13 +123,26 @@ class Rig:
     def plan(self) -> StepPlan | None:
         """Plan and submit one step, if there is one."""
         self.now += self.step_s
+        self.scheduler.take(self.mover.news())
         plan = self.scheduler.plan(self.now)
         if plan is not None:
             self.check_plan(plan)
             self.executor.submit(plan)
             self.plans.append(plan)
+        self.order()
         self.check()
         return plan
+
+    def order(self) -> None:
+        """Hand over what is to be moved."""
+        void, orders = self.scheduler.lower.orders()
+        self.mover.start(orders, void)
+
+    def move(self, most: int = 1) -> None:
+        """So much of what is to be moved between tiers is moved."""
+        for _ in range(most):
+            if not self.mover.work():
+                return
 
     def apply(self) -> list[SequenceOutput]:
         """Take in the result of the oldest step in flight, if there is one."""
@@ -130,6 +156,7 @@ class Rig:
         return output
 
     def fail_all(self, reason: str = "the device fell off the bus") -> list[SequenceOutput]:
+        self.executor.steps_run += len(self.executor.queue)  # as far as they came
         self.executor.queue.clear()
         return self.take(self.scheduler.fail_all(reason))
 
@@ -138,7 +165,8 @@ class Rig:
         plan = self.plan() if len(self.executor.queue) < self.config.depth else None
         if self.executor.queue and (len(self.executor.queue) == self.config.depth or plan is None):
             return self.apply()
-        assert plan is not None or not self.scheduler.has_work, (
+        self.move()
+        assert plan is not None or not self.scheduler.has_work or self.mover.told, (
             "requests live, but nothing runs or can be planned"
         )
         return []
@@ -148,6 +176,11 @@ class Rig:
             turns -= 1
             assert turns > 0, "requests starve"
             self.turn()
+        while self.scheduler.lower.busy:
+            self.order()
+            assert self.mover.can_work or self.mover.told, "orders without news"
+            self.move()
+            self.scheduler.take(self.mover.news())
         self.scheduler.audit()
         assert self.pool.usage == 0
         return self
@@ -215,7 +248,13 @@ class Rig:
         if self.mirror is not None:
             self.mirror.follow()
             named = (self.pool.index.name_of(block) for block in range(self.pool.num_blocks))
-            assert self.mirror.names == {name for name in named if name is not None}
+            assert self.mirror.names[DEVICE] == {name for name in named if name is not None}
+            if self.offload is not None:
+                host = self.offload.host
+                held = (host.name_of(slot) for slot in range(host.capacity))
+                assert self.mirror.names[HOST] == {
+                    name for name in held if name is not None and host.find(name) is not None
+                }
         assert scheduler.num_running <= self.config.max_num_seqs
         assert self.config.admission != "no_eviction" or scheduler.stats().preemptions == 0
         tables = {slot: list(row.blocks) for slot, row in self.executor.rows.items()}

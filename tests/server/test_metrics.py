@@ -6,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pag
 from tests.server.live import until
 from xllm.core.output import CompletionOutput, RequestMetrics, RequestOutput
 from xllm.core.stats import EventStats, SchedulerStats
+from xllm.core.transfer import TierStats
 from xllm.server.metrics import DEFINITIONS, PREFIXES, Metrics
 from xllm.server.stats_log import line, worked
 
@@ -50,6 +51,25 @@ def test_every_name_under_both_prefixes_before_anything_happened():
     for name in names[len(CONVENTIONS) :]:  # what only we have is not called by others' names
         assert "xllm:" + name in families
         assert "vllm:" + name not in families
+
+
+def test_every_tier_of_kv_has_its_own_figures():
+    def stats(hits, used):
+        host = TierStats("CPU", 10, used, hits, 5, 1, 0, 2)
+        disk = TierStats("DISK", 100, 7, 3, 7, 0, 4, 0)
+        return SchedulerStats(0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, tiers=(host, disk))
+
+    cache = {"block_size": "16", "num_gpu_blocks": "4", "enable_prefix_caching": "True", "cache_dtype": "f"}
+    metrics = Metrics("m", cache)
+    metrics.text(stats(4, 6))
+    page = metrics.text(stats(9, 5)).decode()
+    assert value(page, "xllm:kv_tier_hits_total", tier="cpu") == 9
+    assert value(page, "xllm:kv_tier_hits_total", tier="disk") == 3
+    assert value(page, "xllm:kv_tier_used_blocks", tier="cpu") == 5
+    assert value(page, "xllm:kv_tier_failures_total", tier="disk") == 4
+    page = metrics.text(stats(2, 5)).decode()  # another engine, whose totals began anew
+    assert value(page, "xllm:kv_tier_hits_total", tier="cpu") == 9
+    assert "vllm:kv_tier" not in page
 
 
 def test_a_served_request_is_counted_once(http, live):

@@ -28,7 +28,6 @@ from xllm.bench.options import BACKENDS, METRICS, DatasetOptions, ServeBenchOpti
 from xllm.bench.vocabulary import load_vocabulary
 from xllm.core.errors import ConfigError, XllmError
 
-
 FREEZE_EVERY = 500  # requests, whose records collections shall not walk
 
 

@@ -40,6 +40,15 @@ class KvEventsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TierConfig:
+    """KV blocks below the device."""
+
+    host_blocks: int  # in the host's memory, at least one
+    disk_blocks: int  # 0: no disk tier
+    disk_path: str | None  # directory
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryConfig:
     """What was asked about memory, for the engine that sizes its KV cache itself."""
 
@@ -87,3 +96,4 @@ class EngineConfig:
     executor: ExecutorConfig
     reasons: tuple[str, ...]  # what was decided and why, one sentence each, for the start-up plan
     kv_events: KvEventsConfig | None = None  # none: nobody wants them
+    tiers: TierConfig | None = None  # none: KV lives on the device alone

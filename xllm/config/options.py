@@ -83,6 +83,17 @@ class EngineOptions:
         False, "let POST /sleep give a card's memory back while nothing runs, and POST /wake_up take it again"
     )
     enable_prefix_caching: bool = knob(True, "share the KV of equal prefixes")
+    kv_offloading_size: float = knob(
+        0.0,
+        "GiB of host memory that keep KV blocks beside the device's, for prefixes that come again",
+        metavar="GIB",
+    )
+    kv_disk_path: str | None = knob(
+        None,
+        "directory that keeps KV blocks over restarts; with --kv-disk-size and --kv-offloading-size",
+        metavar="DIR",
+    )
+    kv_disk_size: float = knob(0.0, "GiB of it", metavar="GIB")
     kv_events_config: str | None = knob(
         None,
         'tell routers what is cached, over ZMQ: {"enable_kv_cache_events": true} with endpoint, replay_endpoint, topic, '

@@ -15,6 +15,7 @@ from xllm.config.facts import DeviceFacts, ModelFacts, kept_in
 from xllm.config.kv_events import read_kv_events
 from xllm.config.memory import fit_cache, gib
 from xllm.config.options import EngineOptions
+from xllm.config.tiers import decide_tiers
 from xllm.core.errors import ConfigError
 
 
@@ -63,9 +64,12 @@ def resolve(asked: EngineOptions, model: ModelConfig, facts: ModelFacts, device:
         length_asked=asked.max_model_len is not None,
     )
     scheduler = _scheduler(asked, suits.token_budget, max_num_seqs, max_model_len, draft)
+    tiers, why = decide_tiers(asked, cache)
+    if tiers is not None:
+        draft.say(why)
     config = EngineConfig(
         model=model, scheduler=scheduler, cache=cache, memory=memory, executor=executor, reasons=(),
-        kv_events=_kv_events(asked, draft),
+        kv_events=_kv_events(asked, draft), tiers=tiers,
     )  # fmt: skip
     weights = facts.weight_bytes[kept_in(executor.dtype, executor.quantization)]
     return _with_cache(config, weights, device, draft)

@@ -8,6 +8,7 @@ from xllm.core.sampling import SamplingParams
 
 class Phase(enum.Enum):
     WAITING = "waiting"  # in the queue; holds no slot; blocks only if it was preempted to swap (not yet)
+    FETCHING = "fetching"  # stands aside while KV comes up from a lower tier; holds neither
     RUNNING = "running"  # holds a slot and blocks
     FINISHED = "finished"
 

@@ -2,6 +2,8 @@
 
 import msgspec
 
+from xllm.core.transfer import TierStats
+
 
 class ExecutorStats(msgspec.Struct, frozen=True):
     """How steps ran on the device. All are counters."""
@@ -36,3 +38,4 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     step_tokens: int  # of the last step planned
     executor: ExecutorStats = ExecutorStats()  # the engine's; the scheduler knows nothing of it
     kv_events: EventStats = EventStats()  # so are these
+    tiers: tuple[TierStats, ...] = ()  # below the device, nearest first

@@ -1,9 +1,11 @@
-"""An NVIDIA GPU as a device: one card, one stream, pinned copies both ways."""
+"""An NVIDIA GPU as a device: one card, one stream for the work and one for copies beside it, pinned copies both ways."""
 
 import gc
+import mmap
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,25 @@ class CudaMark:
         return milliseconds / 1e3
 
 
+class _Registered(mmap.mmap):
+    """Host memory that the driver knows, until the last tensor in it has gone."""
+
+    def register(self) -> torch.Tensor:
+        memory = torch.frombuffer(self, dtype=torch.uint8)  # holds on to `self`, and so does every view of it
+        cudart: Any = torch.cuda.cudart()
+        failure = int(cudart.cudaHostRegister(memory.data_ptr(), len(self), 0))
+        if failure:
+            raise RuntimeError(
+                f"CUDA error {failure}: {len(self) / 2**30:.1f} GiB of host memory cannot be pinned"
+            )
+        self._undo = partial(cudart.cudaHostUnregister, memory.data_ptr())
+        return memory
+
+    def __del__(self) -> None:
+        if hasattr(self, "_undo"):
+            self._undo()  # before the memory is unmapped, which is what happens next
+
+
 class CudaDevice:
     """The first card that CUDA_VISIBLE_DEVICES leaves."""
 
@@ -46,6 +67,8 @@ class CudaDevice:
         torch.cuda.set_device(self.torch_device)
         self._pool = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream(self.torch_device)
+        # 0 is the lowest priority there is, and that of the ordinary stream too; copies run on engines of their own
+        self._side = torch.cuda.Stream(self.torch_device, priority=0)
         # float32 means float32: a checkpoint that asks for it gets exact products, not TF32
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -68,6 +91,23 @@ class CudaDevice:
 
     def mark(self) -> "CudaMark":
         return CudaMark()
+
+    @contextmanager
+    def beside(self, after: CudaMark) -> Iterator[None]:
+        # The event was recorded before it came here, so the side stream waits for what it marks, on the card and not in
+        # this thread. Which stream is current is a thread's own affair: other threads go on submitting to theirs. The
+        # memory copied lives as long as the engine, so the allocator need not be told of its use in another stream.
+        self._side.wait_event(after._event)
+        with torch.cuda.stream(self._side):
+            yield
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        # not by torch.empty(pin_memory=True), which takes the next power of two: of 40 GiB it makes 64
+        memory = _Registered(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_DONTFORK)  # a child's copy on write would move our pages away from the card
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)  # far fewer pages to pin
+        return memory.register()
 
     def is_lost(self, error: Exception) -> bool:
         # such an error stays with the context, so every later call raises it again; others, lack of memory or a broken

@@ -1,6 +1,7 @@
 """Hardware by name. A new one is one file and one line here."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -38,7 +39,8 @@ class Mark(Protocol):
 
 
 class Device(Protocol):
-    """What the executor needs of a piece of hardware. All calls come from the thread that runs the model.
+    """What the executor needs of a piece of hardware. All calls come from the thread that runs the model, but for
+    `beside` and what is done inside it, which one other thread may do.
 
     Work on the device runs in the order it was submitted. Where `asynchronous`, submitting returns before the work has
     run; elsewhere nothing here ever waits or overlaps.
@@ -70,6 +72,17 @@ class Device(Protocol):
         ...
 
     def mark(self) -> Mark: ...
+
+    def beside(self, after: Any) -> AbstractContextManager[None]:
+        """What is submitted inside runs in an order of its own, beside the other work and after the mark `after`. A mark
+        made inside is of that order. For copies between the KV cache and memory that is `pinned`: nothing may be
+        allocated inside."""
+        ...
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """uint8 [nbytes] of host memory that the device copies to and from while other work runs. Raises what the
+        system raises where there is not so much."""
+        ...
 
     def is_lost(self, error: Exception) -> bool:
         """Whether after this error nothing more can run here."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from xllm.config.decided import EngineConfig, ModelConfig
+from xllm.config.decided import EngineConfig, ModelConfig, TierConfig
 from xllm.config.facts import ModelFacts, kept_in
 from xllm.config.options import EngineOptions
 from xllm.config.resolve import resolve
@@ -15,7 +15,11 @@ from xllm.engine.admission import Admission
 from xllm.engine.core import EngineCore
 from xllm.engine.kv_events import EventStream
 from xllm.executor.executor import Executor
+from xllm.kv.events import DISK, HOST, EventLog
 from xllm.kv.pool import BlockPool
+from xllm.kv.tiers.cost import Cost
+from xllm.kv.tiers.offload import Offload
+from xllm.kv.tiers.slots import SlotIndex
 from xllm.models.checkpoint import read_model_config
 from xllm.models.quantisation import read_packing
 from xllm.models.sizing import ITEM_BYTES, KV_ITEM_BYTES, kv_bytes_per_token, weight_bytes
@@ -112,10 +116,22 @@ def _build(
     cache, scheduler_config = config.cache, config.scheduler
     log = None if events is None else events.log
     pool = BlockPool(cache.num_blocks, cache.block_size, cache.prefix_caching, log)
-    scheduler = Scheduler(scheduler_config, pool)
+    scheduler = Scheduler(scheduler_config, pool, _offload(config.tiers, log, executor))
     admission = Admission(
         scheduler, eos_ids=frozenset(config.model.eos_ids), max_model_len=scheduler_config.max_model_len,
         seed=config.executor.seed,
     )  # fmt: skip
     core = EngineCore(scheduler, executor, inbox, admission, depth=scheduler_config.depth, events=events)
     return core, config
+
+
+def _offload(tiers: TierConfig | None, log: EventLog | None, executor: Executor) -> Offload | None:
+    """What the tiers below the device hold, which on disk is what an earlier run has left there."""
+    if tiers is None:
+        return None
+    host = SlotIndex(tiers.host_blocks, HOST, log)
+    disk = SlotIndex(tiers.disk_blocks, DISK, log) if tiers.disk_blocks else None
+    offload = Offload(host, disk, Cost())
+    if disk is not None:
+        offload.recover(executor.recovered())
+    return offload

@@ -34,6 +34,7 @@ from xllm.wire.messages import (
 
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 1.0
+TRANSFER_WAIT_S = 0.005  # for KV on its way between tiers, before messages are looked for again
 
 
 class EngineCore:
@@ -72,6 +73,8 @@ class EngineCore:
 
     def turn(self, *, wait_s: float | None) -> None:
         """One round of the loop. When there is nothing to do, waits up to `wait_s` for a message."""
+        if wait_s is not None and self.scheduler.lower.busy:
+            wait_s = min(wait_s, TRANSFER_WAIT_S)  # blocks are held for it
         outputs = self._drain(0.0 if self.busy or (not self.asleep and self.executor.improve()) else wait_s)
         outputs += self.step()
         self.last_stats = msgspec.structs.replace(self.scheduler.stats(), executor=self.executor.stats)
@@ -82,8 +85,10 @@ class EngineCore:
             self.inbox.send(Outputs(outputs=outputs, stats=self.last_stats))
 
     def step(self) -> list[SequenceOutput]:
+        self.scheduler.take(self.executor.news())
         if plan := self.scheduler.plan(self.clock()):
             self.inflight.append((plan, self.executor.submit(plan)))
+        self._move()
         if self.inflight and (len(self.inflight) >= self.depth or not plan):
             _, future = self.inflight.popleft()
             try:
@@ -93,7 +98,15 @@ class EngineCore:
             except Exception as e:  # the step as a whole: its requests fail, the engine lives
                 return self._fail_all(e)
             return self.scheduler.apply(result, self.clock())
+        if not plan and self.scheduler.has_work and self.scheduler.lower.busy:
+            self.executor.wait_for_news(TRANSFER_WAIT_S)
         return []
+
+    def _move(self) -> None:
+        """What the plans so far have given to lower tiers, or want from there."""
+        void, orders = self.scheduler.lower.orders()
+        if void or orders:
+            self.executor.move(orders, void)
 
     def close(self) -> None:
         """The loop has ended: give back the executor, and let subscribers have the last events."""
@@ -150,7 +163,11 @@ class EngineCore:
         if self.busy:
             return f"the engine cannot sleep while {self.scheduler.num_running + self.scheduler.num_waiting} sequences run or wait"
         if not self.asleep:
-            self.scheduler.reset_prefix_cache()  # the blocks will hold nothing
+            while self.scheduler.lower.busy:  # what comes or goes needs the device's memory
+                self._move()
+                self.executor.wait_for_news(TRANSFER_WAIT_S)
+                self.scheduler.take(self.executor.news())
+            self.scheduler.forget_device()  # the blocks will hold nothing
             self.executor.sleep()
             self.asleep = True
         return None

@@ -3,15 +3,22 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-from xllm.config.decided import EngineConfig
+from xllm.config.decided import EngineConfig, TierConfig
+from xllm.config.memory import gib
+from xllm.core.errors import ConfigError
 from xllm.core.plan import NewSequence, StepPlan
 from xllm.core.sampling import SamplingParams
 from xllm.device.table import Device, open_device
 from xllm.executor.buffers import InputBuffers
+from xllm.executor.disk_tier import DiskTier
+from xllm.executor.fingerprint import fingerprint
+from xllm.executor.host_tier import HostTier
 from xllm.executor.measure import with_measured_cache
+from xllm.executor.mover import Mover
 from xllm.executor.rehearsal import rehearsed
 from xllm.executor.runner import Runner
 from xllm.executor.sampling import Sampler
@@ -54,6 +61,9 @@ def build_runner(
             config = with_measured_cache(config, device, lambda trial: assemble(trial, model, device, ops))
     with _timed(parts, "memory"):
         runner = assemble(config, model, device, ops)
+    if config.tiers is not None:
+        with _timed(parts, "tiers"):
+            runner.mover = _mover(config, config.tiers, device, runner.kv_cache)
     with _timed(parts, "warm-up"):
         _warm_up(runner)
     if config.executor.graph_sizes:
@@ -82,6 +92,24 @@ def assemble(config: EngineConfig, model: Model, device: Device, ops: Ops) -> Ru
         ops=ops,
     )
     return Runner(model, kv_cache, buffers, sampler, device, graph_sizes=config.executor.graph_sizes)
+
+
+def _mover(config: EngineConfig, tiers: TierConfig, device: Device, kv_cache: torch.Tensor) -> Mover:
+    """Tiers below the device, and who moves blocks between them. ConfigError where there is no room for them."""
+    block_bytes = config.cache.block_bytes
+    try:
+        memory = device.pinned(tiers.host_blocks * block_bytes)
+    except (OSError, RuntimeError, ValueError) as e:
+        raise ConfigError(
+            f"--kv-offloading-size: {gib(tiers.host_blocks * block_bytes)} of host memory cannot be had: {e}"
+        ) from e
+    host = HostTier(memory, tiers.host_blocks, block_bytes)
+    disk = None
+    if tiers.disk_path is not None:
+        disk = DiskTier(
+            Path(tiers.disk_path) / "xllm-kv-blocks", tiers.disk_blocks, block_bytes, fingerprint(config)
+        )
+    return Mover(device, kv_cache, host, disk)
 
 
 def _warm_up(runner: Runner) -> None:

@@ -1,14 +1,16 @@
 """Where steps run: plans go in, results come out, in the order they went in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xllm.core.plan import StepPlan, StepResult
 from xllm.core.stats import ExecutorStats
+from xllm.core.transfer import News, Order
 
 if TYPE_CHECKING:
+    from xllm.executor.mover import Mover
     from xllm.executor.trace import Trace  # brings PyTorch's profiler
 
 T = TypeVar("T")
@@ -17,6 +19,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 class RunsPlans(Protocol):
     progress: int  # grows as long as the device advances, also inside a long step
+    mover: "Mover | None"  # of KV between the device and lower tiers, where there are any
 
     @property
     def stats(self) -> ExecutorStats: ...
@@ -77,6 +80,24 @@ class Executor:
     def stats(self) -> ExecutorStats:
         return self._runner.stats
 
+    def move(self, orders: Sequence[Order], void: Sequence[int] = ()) -> None:
+        """KV between the device and lower tiers, behind all steps submitted so far; `void` records on disk first."""
+        mover = self._runner.mover
+        assert mover is not None, "orders come where there are tiers"
+        self._call(lambda: mover.start(orders, void))
+
+    def news(self) -> list[News]:
+        """What became of orders since the last time."""
+        return [] if self._runner.mover is None else self._runner.mover.news()
+
+    def wait_for_news(self, seconds: float) -> None:
+        if self._runner.mover is not None:
+            self._runner.mover.wait(seconds)
+
+    def recovered(self) -> list[tuple[int, bytes]]:
+        """(slot, name) of blocks that an earlier run left on disk, least recently written first."""
+        return [] if self._runner.mover is None else self._runner.mover.recover()
+
     def improve(self) -> bool:
         """To be called when no step is in flight; False when there was nothing to do."""
         return self._inline and self._runner.improve()
@@ -106,8 +127,10 @@ class Executor:
         return self._trace is not None
 
     def close(self) -> None:
-        """Waits for steps in flight."""
+        """Waits for steps in flight, and for KV on its way to host memory."""
         self._thread.shutdown(wait=True)
+        if self._runner.mover is not None:
+            self._runner.mover.close()
 
     def _call(self, work: Callable[[], T]) -> "Future[T]":
         if not self._inline:

@@ -16,6 +16,7 @@ from xllm.executor.buffers import InputBuffers
 from xllm.executor.chunk_graphs import ChunkGraphs
 from xllm.executor.decode_graphs import DecodeGraphs, longest_first
 from xllm.executor.graphs import GraphTable
+from xllm.executor.mover import Mover
 from xllm.executor.prompt_scores import Pending, PromptScores
 from xllm.executor.sampling import Fetched, Sampled, Sampler
 from xllm.executor.sleep import Sleeper
@@ -39,7 +40,7 @@ class Runner:
         *, graph_sizes: Sequence[int] = (),
     ):  # fmt: skip
         self._model = model
-        self._kv_cache = kv_cache
+        self.kv_cache = kv_cache
         self._buffers = buffers
         self._sampler = sampler
         self._device = device
@@ -53,7 +54,10 @@ class Runner:
         self._last: Mark | None = None  # the end of the last step submitted
         self._in_flight = 0
         self._steps = 0
-        self._device_s = self._bubble_s = self._gap = 0.0  # the gap: before the last step whose begin was marked
+        self._device_s = self._bubble_s = self._gap = (
+            0.0  # the gap: before the last step whose begin was marked
+        )
+        self.mover: Mover | None = None  # made around the KV cache where there are tiers below it
         self.progress = 0  # layers submitted and steps finished since start: what health looks at
         model.on_layer = self._advance
 
@@ -134,7 +138,7 @@ class Runner:
     def sleep(self) -> None:
         """Weights to the host, the KV cache nowhere, and the memory of both back to the system."""
         self._table.forget()
-        self._sleeper = Sleeper(self._model.tensors(), [self._kv_cache])
+        self._sleeper = Sleeper(self._model.tensors(), [self.kv_cache])
         given = self._sleeper.sleep()
         self._device.release()
         log.info("asleep: %.2f GiB given back", given / 2**30)
@@ -181,7 +185,7 @@ class Runner:
     ) -> tuple[torch.Tensor, ...]:
         """What a graph captures: logits, or tokens (fed back already) and whether they are usable, with the positions
         counted up."""
-        fwd = self._buffers.decode_forward(slots_B, positions_B, self._kv_cache)
+        fwd = self._buffers.decode_forward(slots_B, positions_B, self.kv_cache)
         if not sample:
             return (self._model.logits(self._model.forward(fwd)),)
         return self._sample(fwd, slots_B, positions_B, advance=True)
@@ -220,7 +224,7 @@ class Runner:
         rows = np.concatenate(
             [ends[sampling] - 1, *(np.arange(first, last) for _, first, last in prompt_rows)]
         )
-        fwd = self._buffers.forward(plan, self._kv_cache, rows.astype(np.int64))
+        fwd = self._buffers.forward(plan, self.kv_cache, rows.astype(np.int64))
         hidden = self._model.forward(fwd)
         fetched = None
         if sampling:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 # Words of the format routers know: the tier that the model computes from, whatever the hardware is, and host memory.
 DEVICE = "GPU"
 HOST = "CPU"
+DISK = "DISK"
 
 
 class Origin(NamedTuple):

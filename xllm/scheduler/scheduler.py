@@ -13,11 +13,14 @@ from xllm.core.output import Finish, SequenceOutput
 from xllm.core.plan import StepPlan, StepResult, TokenLogprobs
 from xllm.core.request import Phase, Request
 from xllm.core.stats import SchedulerStats
+from xllm.core.transfer import News
 from xllm.kv.pool import BlockPool
+from xllm.kv.tiers.offload import Offload
 from xllm.scheduler import outcome, policies
 from xllm.scheduler.admission import Demand
 from xllm.scheduler.batching import Load, Stage
 from xllm.scheduler.intake import check_config, check_request
+from xllm.scheduler.lower_tiers import LowerTiers
 from xllm.scheduler.running import RunningSet
 from xllm.scheduler.step import InFlight, StepBuilder
 from xllm.scheduler.tables import NEVER, BlockTables
@@ -25,13 +28,14 @@ from xllm.scheduler.waiting import WaitingQueue
 
 
 class Scheduler:
-    """Continuous batching over `pool`. `ConfigError` where the configuration cannot work.
+    """Continuous batching over `pool`, and the tiers below it if there are any. `ConfigError` where the configuration
+    cannot work.
 
     A request waits, then runs: prefilling while known tokens are left to compute, then decoding. Steps in flight are
     remembered in order until their result is applied; any number may be.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool):
+    def __init__(self, config: SchedulerConfig, pool: BlockPool, offload: Offload | None = None):
         check_config(config)
         self.config = config
         self.pool = pool
@@ -44,6 +48,9 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running = RunningSet(config.max_num_seqs)
         self._tables = BlockTables(pool)
+        self.lower = LowerTiers(offload, pool)
+        if offload is not None:
+            self._tables.on_published = self.lower.save
         self._in_flight: deque[InFlight] = deque()
 
         self._step = 0  # number of the last plan
@@ -89,15 +96,23 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running.clear()
         outputs = [self._end(request, Finish.ERROR, reason) for request in list(self._requests.values())]
-        self.pool.reset_cache()
+        self._forget_cache()
         return outputs
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. What runs keeps its blocks and finishes, but publishes nothing more: after a change
         of weights, KV of before must not serve requests of after."""
-        self.pool.reset_cache()
+        self._forget_cache()
         for request in self._running:
             request.num_published = NEVER
+
+    def forget_device(self) -> None:
+        """Nothing runs, and the device's memory goes away; tiers below it keep what they have."""
+        self.pool.reset_cache()
+
+    def _forget_cache(self) -> None:
+        self.lower.clear()  # first: the event of the other says that no tier has anything
+        self.pool.reset_cache()
 
     # the next step
 
@@ -149,7 +164,7 @@ class Scheduler:
         i = 0
         while builder.budget > 0:
             request = prefilling[i] if i < len(prefilling) else None
-            head = self._waiting.head if may_admit else None
+            head = self._head() if may_admit else None
             if head is not None and (request is None or head.rank < request.rank):
                 may_admit = self._admit(head, builder, now)
                 if may_admit and builder.prefill(head, self._chunk):
@@ -174,16 +189,10 @@ class Scheduler:
         cached = len(hits) * self.pool.block_size
         if not self.config.chunked_prefill and request.num_known - cached > builder.budget:
             return False
-        demand = Demand(
-            now=tables.blocks_for(request.num_known) - len(hits),
-            at_worst=tables.at_most(request) - len(hits),
-            available=self.pool.num_available - self.pool.num_reusable(hits),
-            margin=self.num_running * tables.blocks_for(self._burst),
-            promised=tables.promised,
-        )
-        if not self._admission(demand):
+        if not self._admission(self._demand(request, hits)):
             return False
         self._waiting.pop()
+        self.lower.settle(request)
         tables.take(request, hits)
         self._running.seat(request)
         if request.first_scheduled is None:
@@ -192,6 +201,43 @@ class Scheduler:
             self.pool.count_lookup(request.num_known, cached)
         builder.introduce(request)
         return True
+
+    def _demand(self, request: Request, hits: Sequence[int]) -> Demand:
+        tables = self._tables
+        return Demand(
+            now=tables.blocks_for(request.num_known) - len(hits),
+            at_worst=tables.at_most(request) - len(hits),
+            available=self.pool.num_available - self.pool.num_reusable(hits),
+            margin=self.num_running * tables.blocks_for(self._burst),
+            promised=tables.promised,
+        )
+
+    # tiers below the device
+
+    def _head(self) -> Request | None:
+        """The first that waits, once those before it that have KV to fetch stand aside for it."""
+        head = self._waiting.head
+        while head is not None and self._fetch(head):
+            head = self._waiting.head
+        return head
+
+    def _fetch(self, request: Request) -> bool:
+        lower, tables = self.lower, self._tables
+        if not lower or self.num_running + lower.num_fetching >= self.config.max_num_seqs:
+            return False  # it could not run any sooner
+        hits = tables.find(request)
+        count = lower.wanted(request, len(hits), tables.limit(request))
+        if not count or not self._admission(self._demand(request, hits)):
+            return False
+        if not lower.fetch(request, hits, count, tables.origins(request, len(hits), count)):
+            return False
+        self._waiting.pop()
+        return True
+
+    def take(self, news: Sequence[News]) -> None:
+        """What became of the orders of `lower`. Requests whose KV has come wait in the queue again."""
+        for request in self.lower.take(news):
+            self._waiting.push(request)
 
     # memory pressure
 
@@ -260,7 +306,7 @@ class Scheduler:
             if error is None:
                 error = outcome.mismatch(request, sampled, len(tokens))
             if error is not None:
-                self._tables.withdraw(request)
+                self._distrust(request)
                 return outcome.terminal(request, Finish.ERROR, error)
             self._burst = max(self._burst, len(tokens))
         prompt_logprobs: Sequence[TokenLogprobs] = ()
@@ -277,11 +323,16 @@ class Scheduler:
 
     # endings
 
+    def _distrust(self, request: Request) -> None:
+        """It failed: what it computed shall serve nobody."""
+        self.lower.forget(request.block_hashes[: len(request.blocks)])
+        self._tables.withdraw(request)
+
     def _unlist(self, request: Request) -> None:
-        """Take a live request out of the list it stands in."""
+        """Take a live request out of the list it stands in; who fetches stands in none."""
         if request.phase is Phase.WAITING:
             self._waiting.remove(request)
-        else:
+        elif request.phase is Phase.RUNNING:
             self._running.remove(request)
 
     def _vacate(self, request: Request) -> None:
@@ -294,6 +345,7 @@ class Scheduler:
             self._vacate(request)
         request.phase = Phase.FINISHED
         request.num_in_flight = 0
+        self.lower.settle(request)
         del self._requests[request.id]
 
     def _end(self, request: Request, finish: Finish, error: str | None = None) -> SequenceOutput:
@@ -305,11 +357,12 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._requests) - len(self._waiting)
+        return len(self._requests) - self.num_waiting
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        """Those for whom KV is fetched among them."""
+        return len(self._waiting) + self.lower.num_fetching
 
     @property
     def steps_in_flight(self) -> int:
@@ -333,17 +386,20 @@ class Scheduler:
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             step_tokens=self._step_tokens,
+            tiers=self.lower.stats(),
         )
 
     def audit(self) -> None:
         """Raise `AssertionError` with a sentence where books disagree: blocks, slots, lists. Cheap enough when idle."""
         running = list(self._running)
-        self.pool.audit([request.blocks for request in running])
+        lower = self.lower.holders()
+        self.pool.audit([*(request.blocks for request in running), *lower])
         self._tables.audit(running)
-        if len(running) + len(self._waiting) != len(self._requests):
+        self.lower.audit()
+        if len(running) + self.num_waiting != len(self._requests):
             raise AssertionError(
-                f"{len(self._requests)} requests live, but {len(running)} run and {len(self._waiting)} wait"
+                f"{len(self._requests)} requests live, but {len(running)} run and {self.num_waiting} wait"
             )
         self._running.audit(self.config.max_num_seqs)
-        if not self.has_work and self.pool.usage > 0:
+        if not self.has_work and not lower and self.pool.usage > 0:
             raise AssertionError(f"nobody lives, but {self.pool.usage:.1%} of the blocks are held")

@@ -1,6 +1,6 @@
 """Block tables: what ties requests to the pool. The only place where `Request.blocks` and its hashes are written."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from xllm.core.request import Request
 from xllm.kv import hashing
@@ -20,6 +20,7 @@ class BlockTables:
     def __init__(self, pool: BlockPool):
         self.pool = pool
         self.block_size = pool.block_size
+        self.on_published: Callable[[int, bytes, Origin | None], None] | None = None  # block, name, origin
         self._at_most = 0  # sum over running requests of the blocks each may hold
         self._held = 0  # sum over running requests of the blocks each holds
 
@@ -47,6 +48,11 @@ class BlockTables:
         needed. Where prompt logprobs are still owed, only what lies before them counts."""
         if not self.pool.prefix_caching:
             return []
+        limit = self.limit(request)
+        return self.pool.match(request.block_hashes, limit)
+
+    def limit(self, request: Request) -> int:
+        """How many blocks of a waiting request could come from a cache; their names are known from then on."""
         reusable = request.num_known - 1
         if (
             request.params.prompt_logprobs is not None
@@ -55,7 +61,7 @@ class BlockTables:
             reusable = min(reusable, request.num_prompt_logprobs)
         limit = reusable // self.block_size
         self._hash(request, limit)
-        return self.pool.match(request.block_hashes, limit)
+        return limit
 
     def take(self, request: Request, hits: list[int]) -> None:
         """Give an admitted request its table: `hits` shared, the rest allocated for all tokens it has now.
@@ -90,7 +96,9 @@ class BlockTables:
         recorded = self.pool.events is not None
         for i in range(request.num_published, full):
             origin = self._origin(request, i) if recorded else None
-            self.pool.publish(request.blocks[i], request.block_hashes[i], origin)
+            block, name = request.blocks[i], request.block_hashes[i]
+            if self.pool.publish(block, name, origin) and self.on_published is not None:
+                self.on_published(block, name, origin)
         request.num_published = full
 
     def withdraw(self, request: Request) -> None:
@@ -115,6 +123,12 @@ class BlockTables:
             raise AssertionError(
                 f"ledger says {self._held} blocks held and {self._at_most} at most, tables say {held} and {at_most}"
             )
+
+    def origins(self, request: Request, first: int, count: int) -> list[Origin | None]:
+        """Of `count` blocks from `first` on, where somebody wants to know: of names that exist."""
+        if self.pool.events is None:
+            return [None] * count
+        return [self._origin(request, i) for i in range(first, first + count)]
 
     def _origin(self, request: Request, i: int) -> Origin:
         tokens = request.known_tokens(i * self.block_size, (i + 1) * self.block_size)

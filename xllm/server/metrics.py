@@ -91,6 +91,18 @@ FROM_STATS = {
     "kv_event_batches_dropped": "kv_events.dropped",
 }
 
+# the same for each tier of KV below the device: metric -> attribute of `TierStats`
+FROM_TIERS = {
+    "kv_tier_blocks": "capacity",
+    "kv_tier_used_blocks": "used",
+    "kv_tier_hits": "hits",
+    "kv_tier_stored": "stored",
+    "kv_tier_evictions": "evicted",
+    "kv_tier_failures": "failures",
+    "kv_tier_skipped": "skipped",
+}
+
+_TIER = ("tier",)
 _CACHE_LABELS = ("block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype")
 _LORA_LABELS = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
 
@@ -135,6 +147,13 @@ DEFINITIONS = (
     Definition(
         "kv_event_batches_dropped", Counter, "Batches of KV cache events that nobody can get any more"
     ),
+    Definition("kv_tier_blocks", Gauge, "KV blocks that a tier below the device can hold", _TIER),
+    Definition("kv_tier_used_blocks", Gauge, "Of those, in use", _TIER),
+    Definition("kv_tier_hits", Counter, "KV blocks that were loaded instead of computed", _TIER),
+    Definition("kv_tier_stored", Counter, "KV blocks that a tier took in", _TIER),
+    Definition("kv_tier_evictions", Counter, "KV blocks it gave up for others", _TIER),
+    Definition("kv_tier_failures", Counter, "KV blocks it could not keep or give back sound", _TIER),
+    Definition("kv_tier_skipped", Counter, "KV blocks it had no room for at that moment", _TIER),
 )
 _OURS = frozenset(
     {
@@ -145,6 +164,7 @@ _OURS = frozenset(
         "device_bubble_seconds",
         "kv_event_batches",
         "kv_event_batches_dropped",
+        *FROM_TIERS,
     }
 )
 
@@ -195,13 +215,20 @@ class Metrics:
 
     def _read(self, stats: SchedulerStats) -> None:
         for name, attribute in FROM_STATS.items():
-            value = float(attrgetter(attribute)(stats))
-            metric = self._by_name[name]
-            if isinstance(metric, Gauge):
-                metric.set(value)
-            else:  # the engine's total starts anew with a new engine
-                metric.inc(max(0.0, value - self._totals.get(name, 0.0)))
-                self._totals[name] = value
+            self._tell(self._by_name[name], name, float(attrgetter(attribute)(stats)))
+        for tier in stats.tiers:
+            label = tier.medium.lower()
+            for name, attribute in FROM_TIERS.items():
+                self._tell(
+                    self._labelled(name, tier=label), f"{name} {label}", float(getattr(tier, attribute))
+                )
+
+    def _tell(self, metric: Any, key: str, value: float) -> None:
+        if isinstance(metric, Gauge):
+            metric.set(value)
+        else:  # the engine's total starts anew with a new engine
+            metric.inc(max(0.0, value - self._totals.get(key, 0.0)))
+            self._totals[key] = value
 
     def _make(self, d: Definition) -> Any:
         """The metric where it has labels of its own, else its one child, shown as zero from the start."""
