@@ -121,9 +121,14 @@ class LowerTiers:
         fetch.request.phase = Phase.WAITING
         return [fetch.request]
 
+    def used(self, request: Request) -> None:
+        """It ended well: what it went through is the most recently used below, its beginning last of all to go."""
+        if self._offload is not None:
+            self._offload.touch(request.block_hashes)
+
     def computed(self, tokens: int, seconds: float) -> None:
         """A step of nothing but prompts took so long."""
-        if self._offload is not None:
+        if self._offload is not None and seconds > 0:
             self._offload.cost.computed(tokens, seconds)
 
     def forget(self, names: Sequence[bytes]) -> None:

@@ -280,6 +280,8 @@ class Scheduler:
             raise EngineFault(f"result of step {result.step} does not belong to the oldest step in flight")
         self._in_flight.popleft()
         self.pool.settle(result.step)
+        if step.num_prefill_tokens == step.plan.num_tokens:
+            self.lower.computed(step.num_prefill_tokens, result.seconds)
         outputs: list[SequenceOutput] = []
         ended = False
         for i, request in enumerate(step.requests):
@@ -290,6 +292,7 @@ class Scheduler:
                 outputs.append(output)
                 if output.finish is not None:
                     ended = True
+                    self.lower.used(request)
                     self._close(request)
         if ended:
             self._running.drop_finished()

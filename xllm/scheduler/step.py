@@ -16,6 +16,7 @@ class InFlight:
     plan: StepPlan
     requests: Sequence[Request]
     incarnations: Sequence[int]
+    num_prefill_tokens: int  # of its tokens, those of prompts
 
 
 class StepBuilder:
@@ -127,7 +128,7 @@ class StepBuilder:
             samples=self.samples,
             appended=self.appended,
         )
-        return InFlight(plan, self.requests, self.incarnations)
+        return InFlight(plan, self.requests, self.incarnations, self.num_prefill_tokens)
 
     def _grow(self, request: Request, tokens: int) -> bool:
         fresh = self.tables.grow(request, self.tables.blocks_for(tokens) - len(request.blocks))
