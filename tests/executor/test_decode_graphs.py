@@ -85,6 +85,23 @@ def test_nothing_is_brought_to_the_device_while_the_same_sequences_go_on():
     assert run([3, 6], [20, 31], sample=False) == 1
 
 
+def test_a_larger_graph_that_is_there_serves_before_one_is_captured_in_front_of_everybody(monkeypatch):
+    monkeypatch.setattr("xllm.executor.decode_graphs.PATIENCE", 5)
+    graphs, _, table = make(sizes=(1, 2, 3, 4, 6, 8))
+    graphs.capture_largest()
+
+    def size_of(count):
+        return len(graphs.run(range(count), range(count), sample=True)[0])
+
+    assert [size_of(5) for _ in range(5)] == [8] * 5
+    assert size_of(5) == 6  # by now it is worth it
+    assert size_of(7) == 8
+    assert size_of(2) == 2  # 8 would be more than twice as many
+    assert size_of(1) == 2
+    assert size_of(3) == 6
+    assert table.failures == 0
+
+
 def test_with_and_without_sampling_are_two_graphs():
     graphs, step, _table = make()
     assert graphs.run([0], [1], sample=True)[1].item() is True

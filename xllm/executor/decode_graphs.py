@@ -7,6 +7,7 @@ same sequences fill a graph, nothing has to be brought to the device between two
 """
 
 import bisect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -14,6 +15,9 @@ import torch
 
 from xllm.executor.graphs import GraphTable, Shape
 
+# Steps of a size that take the next larger graph there is, before one of its own is captured while others wait: that takes
+# tens of milliseconds, as long as rows that compute for nobody do in about so many steps.
+PATIENCE = 500
 # (slots [B] int64, positions [B] int64, whether to sample) -> the step's outputs; one that samples counts positions up
 DecodeStep = Callable[[torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, ...]]
 
@@ -26,6 +30,7 @@ class DecodeGraphs:
         self._step = step
         self._sizes = sorted(sizes)
         self._spare_slot = spare_slot
+        self._missed: Counter[int] = Counter()  # steps of each size that took a larger graph
 
     @property
     def largest(self) -> int:
@@ -39,11 +44,25 @@ class DecodeGraphs:
         count = len(slots)
         if count > self.largest:
             return None
-        size = self._sizes[bisect.bisect_left(self._sizes, count)]
+        size = self._size_for(count, sample)
         arrays = self._blank(size)
         arrays["slots"][:count] = slots
         arrays["positions"][:count] = positions
         return self._table.replay(self._shape(size, sample), arrays)
+
+    def _size_for(self, count: int, sample: bool) -> int:
+        """The next size, or a larger one up to twice that whose graph is there already."""
+        at = bisect.bisect_left(self._sizes, count)
+        best = self._sizes[at]
+        if self._shape(best, sample).key in self._table or self._missed[best] >= PATIENCE:
+            return best
+        for size in self._sizes[at + 1 :]:
+            if size > 2 * best:
+                break
+            if self._table.can_replay(self._shape(size, sample).key):
+                self._missed[best] += 1
+                return size
+        return best
 
     def capture_one(self) -> bool:
         """Capture one graph that is missing, of a size that is met often first; False when there is none."""

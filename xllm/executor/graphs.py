@@ -46,6 +46,10 @@ class GraphTable:
         """Whether there is nothing left to do for this shape."""
         return key in self._captured or key in self._failed
 
+    def can_replay(self, key: Hashable) -> bool:
+        """Whether a replay of this shape costs nothing but itself."""
+        return key in self._captured
+
     def capture(self, shape: Shape) -> None:
         if shape.key in self:
             return
