@@ -110,3 +110,9 @@ def test_one_sequence_of_the_longest_length_always_fits(free, seqs, length, bloc
 
 def test_every_knob_has_help():
     assert all(meta["help"] for _, meta in option_fields())
+
+
+def test_an_elastic_pool_promises_nothing():
+    assert decide(kv_pool="elastic").cache.pool == "elastic"
+    with pytest.raises(ConfigError, match="no_eviction"):
+        decide(kv_pool="elastic", admission="no_eviction")

@@ -12,6 +12,7 @@ from xllm.engine.admission import Admission
 from xllm.engine.core import EngineCore
 from xllm.engine.kv_events import EventStream
 from xllm.executor.executor import Executor
+from xllm.executor.kv_memory import ElasticMemory
 from xllm.executor.mover import Mover
 from xllm.kv.pool import BlockPool
 from xllm.scheduler.scheduler import Scheduler
@@ -39,6 +40,7 @@ class ScriptedRunner:
     def __init__(self, before: Callable[[StepPlan], None] = lambda plan: None):
         self.progress = 0
         self.mover: Mover | None = None
+        self.memory: ElasticMemory | None = None
         self.before = before
         self._rows: dict[int, dict[int, int]] = {}
         self.threads: set[int] = set()

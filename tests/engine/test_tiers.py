@@ -27,6 +27,7 @@ EVERYWHERE = [
 def nothing_is_too_slow(monkeypatch):
     """So small a model computes a block as fast as it is loaded, or faster: what is decided would hang on the machine."""
     monkeypatch.setattr(Cost, "worthwhile", lambda *_: True)
+    monkeypatch.setattr("xllm.scheduler.lower_tiers.SAVING_SHARE", 1)
 
 
 @pytest.fixture(scope="module")

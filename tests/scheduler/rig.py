@@ -1,6 +1,7 @@
 """A scheduler, a pool and a fake executor, with everything checked after every move."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from tests.scheduler.fake_executor import FakeExecutor, alone
@@ -10,7 +11,9 @@ from xllm.core.output import Finish, SequenceOutput
 from xllm.core.plan import StepPlan
 from xllm.core.request import Request
 from xllm.core.sampling import SamplingParams
+from xllm.core.segments import Grown, SegmentNews, SegmentOrder, Shrink, Shrunk
 from xllm.kv import hashing
+from xllm.kv.elastic import Elastic
 from xllm.kv.events import DEVICE, DISK, HOST, Cleared, Event, EventLog, Removed, Stored
 from xllm.kv.pool import BlockPool
 from xllm.kv.tiers.cost import Cost
@@ -88,15 +91,21 @@ class Rig:
         recorded: bool = False,
         host_slots: int = 0,
         disk_slots: int = 0,
+        blocks_per_segment: int = 0,
         **changes: Any,
     ):
         self.config = config(**changes)
         self.mirror = Mirror(block_size) if recorded else None
+        log = self.mirror.log if self.mirror is not None else None
         self.pool = BlockPool(
-            num_blocks, block_size, prefix_caching, self.mirror.log if self.mirror is not None else None
+            num_blocks, block_size, prefix_caching, log, mapped=min(blocks_per_segment, num_blocks) or None
         )
+        self.elastic = Elastic(self.pool, blocks_per_segment, 2, idle_s=1.0) if blocks_per_segment else None
+        self.blocks_per_segment = blocks_per_segment
+        self.segments: list[SegmentOrder] = []
+        self.refused: Callable[[], bool] = lambda: False  # whether the next order to grow is
         self.offload = self._offload(host_slots, disk_slots) if host_slots else None
-        self.scheduler = Scheduler(self.config, self.pool, self.offload)
+        self.scheduler = Scheduler(self.config, self.pool, self.offload, self.elastic)
         self.executor = FakeExecutor(block_size, burst)
         self.mover = FakeMover(self.executor)
         self.now = 0.0
@@ -125,6 +134,7 @@ class Rig:
         self.now += self.step_s
         self.scheduler.take(self.mover.news())
         plan = self.scheduler.plan(self.now)
+        self.resize(carry_out=False)
         if plan is not None:
             self.check_plan(plan)
             self.executor.submit(plan)
@@ -137,6 +147,27 @@ class Rig:
         """Hand over what is to be moved."""
         void, orders = self.scheduler.lower.orders()
         self.mover.start(orders, void)
+
+    def resize(self, carry_out: bool = True) -> None:
+        """Orders about memory are given, and carried out if asked."""
+        if self.elastic is None:
+            return
+        self.segments += self.elastic.orders(self.now)
+        if carry_out:
+            orders, self.segments = self.segments, []
+            news = [self._resized(order) for order in orders]
+            self.elastic.take(news)
+            self.check()
+
+    def _resized(self, order: SegmentOrder) -> SegmentNews:
+        if isinstance(order, Shrink):
+            assert self.elastic is not None
+            each = self.blocks_per_segment
+            for block in range(order.segment * each, min((order.segment + 1) * each, self.pool.num_blocks)):
+                for offset in range(self.pool.block_size):
+                    self.executor.memory.pop((block, offset), None)
+            return Shrunk(order.segment)
+        return Grown(order.segment, ok=False, error="taken") if self.refused() else Grown(order.segment)
 
     def move(self, most: int = 1) -> None:
         """So much of what is to be moved between tiers is moved."""
@@ -165,7 +196,11 @@ class Rig:
         plan = self.plan() if len(self.executor.queue) < self.config.depth else None
         if self.executor.queue and (len(self.executor.queue) == self.config.depth or plan is None):
             return self.apply()
-        self.move()
+        self.move(4)
+        self.resize()
+        if self.elastic is not None and plan is None and self.scheduler.has_work:
+            self.now += 0.5  # memory may come later
+            return []
         assert plan is not None or not self.scheduler.has_work or self.mover.told, (
             "requests live, but nothing runs or can be planned"
         )

@@ -24,6 +24,7 @@ class CacheConfig:
     prefix_caching: bool
     block_bytes: int  # of one block over all layers
     kv_dtype: str  # "bfloat16" | "float32" | "float8_e4m3fn"
+    pool: str = "paged"  # "elastic": its memory comes and goes with its use, in segments
 
 
 @dataclass(frozen=True, slots=True)

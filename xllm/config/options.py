@@ -78,6 +78,11 @@ class EngineOptions:
     gpu_memory_utilization: float = knob(
         0.9, "share of the device's memory to use at most; of free memory on a CPU it is halved"
     )
+    kv_pool: str = knob(
+        "paged",
+        "paged: memory for the KV cache is taken at start; elastic: as blocks come into use, and given back when idle",
+        choices=("paged", "elastic"),
+    )
     kv_cache_dtype: str = knob("auto", "numbers of the KV cache; auto: as --dtype", choices=("auto", "fp8"))
     enable_sleep_mode: bool = knob(
         False, "let POST /sleep give a card's memory back while nothing runs, and POST /wake_up take it again"

@@ -50,6 +50,10 @@ def resolve(asked: EngineOptions, model: ModelConfig, facts: ModelFacts, device:
         raise ConfigError(
             f"--max-model-len {max_model_len} is beyond the model's own {model.max_position} positions"
         )
+    if asked.kv_pool == "elastic" and asked.admission == "no_eviction":
+        raise ConfigError(
+            "--admission no_eviction promises memory to whoever runs, which --kv-pool elastic may have given to somebody else"
+        )
     kv_dtype = _kv_dtype(asked, executor.dtype, device, draft)
     cache = CacheConfig(
         block_size=block_size,
@@ -57,6 +61,7 @@ def resolve(asked: EngineOptions, model: ModelConfig, facts: ModelFacts, device:
         prefix_caching=asked.enable_prefix_caching,
         block_bytes=facts.kv_bytes_per_token[kv_dtype] * block_size,
         kv_dtype=kv_dtype,
+        pool=asked.kv_pool,
     )
     memory = MemoryConfig(
         kv_bytes=asked.kv_cache_memory_bytes,

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from xllm.core.segments import SegmentStats
 from xllm.core.transfer import TierStats
 
 
@@ -39,3 +40,4 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     executor: ExecutorStats = ExecutorStats()  # the engine's; the scheduler knows nothing of it
     kv_events: EventStats = EventStats()  # so are these
     tiers: tuple[TierStats, ...] = ()  # below the device, nearest first
+    segments: SegmentStats | None = None  # of the KV cache, where its memory comes and goes

@@ -10,6 +10,8 @@ import psutil
 import torch
 
 from xllm.device.table import Graph
+from xllm.device.virtual import VirtualRange
+from xllm.device.virtual_cpu import CpuRange
 
 
 class ClockMark:
@@ -38,6 +40,9 @@ class CpuDevice:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         # malloc of this size is mmap: pages become resident when a block is first written
         return torch.empty(shape, dtype=dtype)
+
+    def reserve(self, nbytes: int) -> VirtualRange:
+        return CpuRange(nbytes)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)

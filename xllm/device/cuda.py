@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from xllm.device.table import Graph
+from xllm.device.virtual import VirtualRange
+from xllm.device.virtual_cuda import CudaRange
 
 
 class CudaMark:
@@ -76,6 +78,9 @@ class CudaDevice:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         # zeros, not garbage: kernels read whole tiles and mask them, and no mistake there may become a NaN
         return torch.zeros(shape, dtype=dtype, device=self.torch_device)
+
+    def reserve(self, nbytes: int) -> VirtualRange:
+        return CudaRange(nbytes, self.torch_device)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         # PyTorch keeps a pinned block from reuse until the copy out of it has run

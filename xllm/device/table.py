@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from xllm.core.errors import ConfigError
+from xllm.device.virtual import VirtualRange
 
 DEVICES = {
     "cpu": "xllm.device.cpu:CpuDevice",
@@ -56,6 +57,10 @@ class Device(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Memory for the KV cache: finite numbers on a device with graphs, elsewhere undefined; resident only as it is
         touched where the hardware allows."""
+        ...
+
+    def reserve(self, nbytes: int) -> VirtualRange:
+        """Addresses on the device for so much, without memory. ConfigError where the device has no such thing."""
         ...
 
     def upload(self, array: np.ndarray) -> torch.Tensor:

@@ -15,6 +15,7 @@ from xllm.engine.admission import Admission
 from xllm.engine.core import EngineCore
 from xllm.engine.kv_events import EventStream
 from xllm.executor.executor import Executor
+from xllm.kv.elastic import Elastic
 from xllm.kv.events import DISK, HOST, EventLog
 from xllm.kv.pool import BlockPool
 from xllm.kv.tiers.cost import Cost
@@ -27,6 +28,8 @@ from xllm.models.source import locate
 from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.channel import Channel
 from xllm.wire.messages import Loading
+
+RESERVE_SEGMENTS = 2  # of an elastic pool, mapped ahead of demand
 
 
 def decide(options: EngineOptions) -> EngineConfig:
@@ -115,8 +118,10 @@ def _build(
     executor = Executor(build, depth=config.scheduler.depth, asynchronous=asynchronous)
     cache, scheduler_config = config.cache, config.scheduler
     log = None if events is None else events.log
-    pool = BlockPool(cache.num_blocks, cache.block_size, cache.prefix_caching, log)
-    scheduler = Scheduler(scheduler_config, pool, _offload(config.tiers, log, executor))
+    each = executor.blocks_per_segment
+    pool = BlockPool(cache.num_blocks, cache.block_size, cache.prefix_caching, log, mapped=each or None)
+    elastic = Elastic(pool, each, RESERVE_SEGMENTS * each) if each else None
+    scheduler = Scheduler(scheduler_config, pool, _offload(config.tiers, log, executor), elastic)
     admission = Admission(
         scheduler, eos_ids=frozenset(config.model.eos_ids), max_model_len=scheduler_config.max_model_len,
         seed=config.executor.seed,

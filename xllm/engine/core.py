@@ -73,8 +73,7 @@ class EngineCore:
 
     def turn(self, *, wait_s: float | None) -> None:
         """One round of the loop. When there is nothing to do, waits up to `wait_s` for a message."""
-        if wait_s is not None and self.scheduler.lower.busy:
-            wait_s = min(wait_s, TRANSFER_WAIT_S)  # blocks are held for it
+        wait_s = self._patience(wait_s)
         outputs = self._drain(0.0 if self.busy or (not self.asleep and self.executor.improve()) else wait_s)
         outputs += self.step()
         self.last_stats = msgspec.structs.replace(self.scheduler.stats(), executor=self.executor.stats)
@@ -86,9 +85,11 @@ class EngineCore:
 
     def step(self) -> list[SequenceOutput]:
         self.scheduler.take(self.executor.news())
+        self._resize()
         if plan := self.scheduler.plan(self.clock()):
             self.inflight.append((plan, self.executor.submit(plan)))
         self._move()
+        self._resize()  # planning may have asked for memory
         if self.inflight and (len(self.inflight) >= self.depth or not plan):
             _, future = self.inflight.popleft()
             try:
@@ -98,9 +99,34 @@ class EngineCore:
             except Exception as e:  # the step as a whole: its requests fail, the engine lives
                 return self._fail_all(e)
             return self.scheduler.apply(result, self.clock())
-        if not plan and self.scheduler.has_work and self.scheduler.lower.busy:
-            self.executor.wait_for_news(TRANSFER_WAIT_S)
+        if not plan and self.scheduler.has_work:
+            if self.scheduler.lower.busy:
+                self.executor.wait_for_news(TRANSFER_WAIT_S)
+            elif self.scheduler.elastic is not None:
+                self.executor.wait_until_resized(TRANSFER_WAIT_S)
         return []
+
+    def _patience(self, wait_s: float | None) -> float | None:
+        """How long to wait for a message where nothing runs: less where something else is to be done meanwhile."""
+        times = [] if wait_s is None else [wait_s]
+        if self.scheduler.lower.busy:
+            times.append(TRANSFER_WAIT_S)  # blocks are held for it
+        elastic = self.scheduler.elastic
+        if elastic is not None and not self.asleep:
+            if elastic.busy:
+                times.append(TRANSFER_WAIT_S)
+            elif elastic.wake_at is not None:
+                times.append(max(0.0, elastic.wake_at - self.clock()))
+        return min(times) if times else None
+
+    def _resize(self) -> None:
+        """Memory under the KV cache comes and goes as the scheduler decides."""
+        elastic = self.scheduler.elastic
+        if elastic is None or self.asleep:
+            return
+        elastic.take(self.executor.resized())
+        if orders := elastic.orders(self.clock()):
+            self.executor.resize(orders)
 
     def _move(self) -> None:
         """What the plans so far have given to lower tiers, or want from there."""
@@ -168,6 +194,12 @@ class EngineCore:
                 self.executor.wait_for_news(TRANSFER_WAIT_S)
                 self.scheduler.take(self.executor.news())
             self.scheduler.forget_device()  # the blocks will hold nothing
+            if (elastic := self.scheduler.elastic) is not None:
+                elastic.set_limit(0)
+                self._resize()
+                while elastic.busy:
+                    self.executor.wait_until_resized(TRANSFER_WAIT_S)
+                    self._resize()
             self.executor.sleep()
             self.asleep = True
         return None
@@ -179,6 +211,8 @@ class EngineCore:
             except Exception as e:  # somebody else has the memory; it may be there later
                 return f"the engine cannot wake up: {e}"
             self.asleep = False
+            if self.scheduler.elastic is not None:
+                self.scheduler.elastic.set_limit(None)
         return None
 
     def _start_trace(self) -> str | None:

@@ -17,6 +17,7 @@ from xllm.executor.buffers import InputBuffers
 from xllm.executor.disk_tier import DiskTier
 from xllm.executor.fingerprint import fingerprint
 from xllm.executor.host_tier import HostTier
+from xllm.executor.kv_memory import ElasticMemory, elastic_cache, whole_segments
 from xllm.executor.measure import with_measured_cache
 from xllm.executor.mover import Mover
 from xllm.executor.rehearsal import rehearsed
@@ -59,8 +60,11 @@ def build_runner(
     if config.cache.num_blocks == 0:
         with _timed(parts, "measure"):
             config = with_measured_cache(config, device, lambda trial: assemble(trial, model, device, ops))
+    each = 0
+    if config.cache.pool == "elastic":
+        config, each = whole_segments(config, device)
     with _timed(parts, "memory"):
-        runner = assemble(config, model, device, ops)
+        runner = assemble(config, model, device, ops, blocks_each=each)
     if config.tiers is not None:
         with _timed(parts, "tiers"):
             runner.mover = _mover(config, config.tiers, device, runner.kv_cache)
@@ -72,14 +76,19 @@ def build_runner(
     return runner, config
 
 
-def assemble(config: EngineConfig, model: Model, device: Device, ops: Ops) -> Runner:
-    """Memory around a model: KV cache, input buffers, sampler state."""
+def assemble(config: EngineConfig, model: Model, device: Device, ops: Ops, *, blocks_each: int = 0) -> Runner:
+    """Memory around a model: KV cache, input buffers, sampler state. With `blocks_each` the cache is in segments of so
+    many blocks, whose memory comes and goes."""
     m, cache, scheduler = config.model, config.cache, config.scheduler
     spare = int(device.asynchronous)  # a slot and a block for rows that only fill a graph
-    kv_cache = device.empty(
-        (cache.num_blocks + spare, m.num_layers, 2, cache.block_size, m.num_kv_heads, m.head_dim),
-        getattr(torch, cache.kv_dtype),
-    )
+    memory: ElasticMemory | None = None
+    if blocks_each:
+        kv_cache, memory = elastic_cache(config, device, blocks_each, spare)
+    else:
+        kv_cache = device.empty(
+            (cache.num_blocks + spare, m.num_layers, 2, cache.block_size, m.num_kv_heads, m.head_dim),
+            getattr(torch, cache.kv_dtype),
+        )
     buffers = InputBuffers(
         max_num_seqs=scheduler.max_num_seqs, max_model_len=scheduler.max_model_len,
         block_size=cache.block_size, device=device, ops=ops, spare_block=cache.num_blocks,
@@ -91,7 +100,9 @@ def assemble(config: EngineConfig, model: Model, device: Device, ops: Ops) -> Ru
         device=device,
         ops=ops,
     )
-    return Runner(model, kv_cache, buffers, sampler, device, graph_sizes=config.executor.graph_sizes)
+    runner = Runner(model, kv_cache, buffers, sampler, device, graph_sizes=config.executor.graph_sizes)
+    runner.memory = memory
+    return runner
 
 
 def _mover(config: EngineConfig, tiers: TierConfig, device: Device, kv_cache: torch.Tensor) -> Mover:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from xllm.core.plan import StepPlan, StepResult
+from xllm.core.segments import SegmentNews, SegmentOrder
 from xllm.core.stats import ExecutorStats
 from xllm.core.transfer import News, Order
 
 if TYPE_CHECKING:
+    from xllm.executor.kv_memory import ElasticMemory
     from xllm.executor.mover import Mover
     from xllm.executor.trace import Trace  # brings PyTorch's profiler
 
@@ -19,6 +21,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 class RunsPlans(Protocol):
     progress: int  # grows as long as the device advances, also inside a long step
+    memory: "ElasticMemory | None"  # under the KV cache, where it comes and goes
     mover: "Mover | None"  # of KV between the device and lower tiers, where there are any
 
     @property
@@ -94,6 +97,23 @@ class Executor:
         if self._runner.mover is not None:
             self._runner.mover.wait(seconds)
 
+    @property
+    def blocks_per_segment(self) -> int:
+        """0 where the memory of the KV cache does not come and go."""
+        return 0 if self._runner.memory is None else self._runner.memory.blocks_per_segment
+
+    def resize(self, orders: Sequence[SegmentOrder]) -> None:
+        """Memory under the KV cache. No step in flight touches what is to go."""
+        assert self._runner.memory is not None, "only an elastic pool is resized"
+        self._runner.memory.mapper.start(orders)
+
+    def resized(self) -> list[SegmentNews]:
+        return [] if self._runner.memory is None else self._runner.memory.mapper.news()
+
+    def wait_until_resized(self, seconds: float) -> None:
+        if self._runner.memory is not None:
+            self._runner.memory.mapper.wait(seconds)
+
     def recovered(self) -> list[tuple[int, bytes]]:
         """(slot, name) of blocks that an earlier run left on disk, least recently written first."""
         return [] if self._runner.mover is None else self._runner.mover.recover()
@@ -131,6 +151,8 @@ class Executor:
         self._thread.shutdown(wait=True)
         if self._runner.mover is not None:
             self._runner.mover.close()
+        if self._runner.memory is not None:
+            self._runner.memory.close()
 
     def _call(self, work: Callable[[], T]) -> "Future[T]":
         if not self._inline:

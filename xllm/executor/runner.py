@@ -16,6 +16,7 @@ from xllm.executor.buffers import InputBuffers
 from xllm.executor.chunk_graphs import ChunkGraphs
 from xllm.executor.decode_graphs import DecodeGraphs, longest_first
 from xllm.executor.graphs import GraphTable
+from xllm.executor.kv_memory import ElasticMemory
 from xllm.executor.mover import Mover
 from xllm.executor.prompt_scores import Pending, PromptScores
 from xllm.executor.sampling import Fetched, Sampled, Sampler
@@ -57,6 +58,7 @@ class Runner:
         self._device_s = self._bubble_s = self._gap = (
             0.0  # the gap: before the last step whose begin was marked
         )
+        self.memory: ElasticMemory | None = None  # under the KV cache, where it comes and goes
         self.mover: Mover | None = None  # made around the KV cache where there are tiers below it
         self.progress = 0  # layers submitted and steps finished since start: what health looks at
         model.on_layer = self._advance
@@ -138,7 +140,8 @@ class Runner:
     def sleep(self) -> None:
         """Weights to the host, the KV cache nowhere, and the memory of both back to the system."""
         self._table.forget()
-        self._sleeper = Sleeper(self._model.tensors(), [self.kv_cache])
+        dropped = [self.kv_cache] if self.memory is None else []  # what comes and goes has gone by itself
+        self._sleeper = Sleeper(self._model.tensors(), dropped)
         given = self._sleeper.sleep()
         self._device.release()
         log.info("asleep: %.2f GiB given back", given / 2**30)

@@ -90,6 +90,11 @@ class PrefixIndex:
         self.remove(block)
         return block
 
+    def discard(self, block: int) -> None:
+        """Take a certain block off the shelf and forget its name. `KeyError` where it is not there."""
+        del self._shelf[block]
+        self.remove(block)
+
     def clear(self) -> list[int]:
         """Forget every name. Returns the blocks that were on the shelf, oldest first."""
         shelved = list(self._shelf)

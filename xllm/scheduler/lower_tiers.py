@@ -15,6 +15,8 @@ from xllm.kv.events import Origin
 from xllm.kv.pool import BlockPool
 from xllm.kv.tiers.offload import Arrived, Offload
 
+SAVING_SHARE = 2  # one part in so many of the device's blocks may be held for saves
+
 
 @dataclass(slots=True)
 class _Fetch:
@@ -34,6 +36,7 @@ class LowerTiers:
         self._offload = offload
         self._pool = pool
         self._fetches: dict[int, _Fetch] = {}
+        self._saving = 0  # blocks held for that
         self._asked: set[str] = set()  # requests that have fetched, or need not, since they last ran
 
     def __bool__(self) -> bool:
@@ -50,9 +53,13 @@ class LowerTiers:
         return self._offload is not None and self._offload.busy
 
     def save(self, block: int, name: bytes, origin: Origin | None) -> None:
-        """A block has just become known under its name."""
+        """A block has just become known under its name. Where the mover cannot follow it is not saved: what waits for it
+        must not take the pool from those who run."""
         assert self._offload is not None
-        if self._offload.save(name, block, origin):
+        if self._saving < max(1, self._pool.num_blocks // SAVING_SHARE) and self._offload.save(
+            name, block, origin
+        ):
+            self._saving += 1
             self._pool.share([block])
 
     def wanted(self, request: Request, cached: int, limit: int) -> int:
@@ -107,6 +114,7 @@ class LowerTiers:
             if isinstance(done, Arrived):
                 back += self._arrived(done.ticket, done.count)
             else:
+                self._saving -= 1
                 self._pool.release([done.block])
         return back
 

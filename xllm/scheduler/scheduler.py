@@ -14,6 +14,7 @@ from xllm.core.plan import StepPlan, StepResult, TokenLogprobs
 from xllm.core.request import Phase, Request
 from xllm.core.stats import SchedulerStats
 from xllm.core.transfer import News
+from xllm.kv.elastic import Elastic
 from xllm.kv.pool import BlockPool
 from xllm.kv.tiers.offload import Offload
 from xllm.scheduler import outcome, policies
@@ -35,10 +36,17 @@ class Scheduler:
     remembered in order until their result is applied; any number may be.
     """
 
-    def __init__(self, config: SchedulerConfig, pool: BlockPool, offload: Offload | None = None):
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        offload: Offload | None = None,
+        elastic: Elastic | None = None,
+    ):
         check_config(config)
         self.config = config
         self.pool = pool
+        self.elastic = elastic  # of the pool, where its memory comes and goes
         self._batching = policies.load("batching", policies.BATCHING, config.batching)
         self._order = policies.load("order", policies.ORDER, config.order)
         self._admission = policies.load("admission", policies.ADMISSION, config.admission)
@@ -189,7 +197,10 @@ class Scheduler:
         cached = len(hits) * self.pool.block_size
         if not self.config.chunked_prefill and request.num_known - cached > builder.budget:
             return False
-        if not self._admission(self._demand(request, hits)):
+        demand = self._demand(request, hits)
+        if not self._admission(demand):
+            hits_reusable = self.pool.num_available - demand.available
+            self._comes_by_itself(demand.now + demand.margin + hits_reusable)
             return False
         self._waiting.pop()
         self.lower.settle(request)
@@ -252,9 +263,18 @@ class Scheduler:
             return True
         needed = self._tables.blocks_needed(self._running.decoding)
         while needed > pool.num_available + pool.num_returning:
+            if self._comes_by_itself(needed - pool.num_returning):
+                return False
             self._preempt(self._running.last())
             needed = self._tables.blocks_needed(self._running.decoding)
         return needed <= pool.num_available
+
+    def _comes_by_itself(self, available: int) -> bool:
+        """Whether there is memory to come, until so many blocks are available; asks for it."""
+        if self.elastic is None or not (self.elastic.can_grow or self.elastic.busy):
+            return False
+        self.elastic.want(min(available, self.pool.num_blocks))
+        return True
 
     def _preempt(self, request: Request) -> None:
         """Back to the queue with its output so far. Tokens in flight are dropped and sampled again later: sampling depends
@@ -390,6 +410,7 @@ class Scheduler:
             generation_tokens=self._generation_tokens,
             step_tokens=self._step_tokens,
             tiers=self.lower.stats(),
+            segments=None if self.elastic is None else self.elastic.stats,
         )
 
     def audit(self) -> None:

@@ -102,6 +102,15 @@ FROM_TIERS = {
     "kv_tier_skipped": "skipped",
 }
 
+# of an elastic KV pool: metric -> attribute of `SegmentStats`
+FROM_SEGMENTS = {
+    "kv_segments": "capacity",
+    "kv_segments_mapped": "mapped",
+    "kv_segments_grown": "grown",
+    "kv_segments_shrunk": "shrunk",
+    "kv_segments_refused": "refused",
+}
+
 _TIER = ("tier",)
 _CACHE_LABELS = ("block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype")
 _LORA_LABELS = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
@@ -154,6 +163,11 @@ DEFINITIONS = (
     Definition("kv_tier_evictions", Counter, "KV blocks it gave up for others", _TIER),
     Definition("kv_tier_failures", Counter, "KV blocks it could not keep or give back sound", _TIER),
     Definition("kv_tier_skipped", Counter, "KV blocks it had no room for at that moment", _TIER),
+    Definition("kv_segments", Gauge, "Segments of memory that an elastic KV pool could have"),
+    Definition("kv_segments_mapped", Gauge, "Of those, with memory"),
+    Definition("kv_segments_grown", Counter, "Times a segment got memory"),
+    Definition("kv_segments_shrunk", Counter, "Times a segment gave it back"),
+    Definition("kv_segments_refused", Counter, "Times there was no memory for a segment"),
 )
 _OURS = frozenset(
     {
@@ -165,6 +179,7 @@ _OURS = frozenset(
         "kv_event_batches",
         "kv_event_batches_dropped",
         *FROM_TIERS,
+        *FROM_SEGMENTS,
     }
 )
 
@@ -222,6 +237,10 @@ class Metrics:
                 self._tell(
                     self._labelled(name, tier=label), f"{name} {label}", float(getattr(tier, attribute))
                 )
+
+        if stats.segments is not None:
+            for name, attribute in FROM_SEGMENTS.items():
+                self._tell(self._by_name[name], name, float(getattr(stats.segments, attribute)))
 
     def _tell(self, metric: Any, key: str, value: float) -> None:
         if isinstance(metric, Gauge):

@@ -1,0 +1,104 @@
+"""A pool whose memory comes and goes, through the engine: the same tokens, and no more memory than is used."""
+
+import random
+from typing import Any
+
+import pytest
+
+from tests import checkpoints
+from tests.engine.test_equality import BACKENDS, BLOCK
+from xllm import LLM, SamplingParams
+from xllm.core.errors import ConfigError
+
+LONGEST, OUTPUT = 112, 20
+BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 16 * 4
+PARAMS = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
+EVERYWHERE = [
+    *("cpu", "graphs", "eager"),
+    *(pytest.param(f"cuda-{how}", marks=pytest.mark.gpu) for how in ("graphs", "eager")),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return checkpoints.save_qwen3(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = random.Random(4)
+    shared = [rng.randrange(3, checkpoints.VOCAB) for _ in range(30)]
+    own = [[rng.randrange(3, checkpoints.VOCAB) for _ in range(3 + 3 * i)] for i in range(16)]
+    return [shared[: 5 * (i % 4)] + tail for i, tail in enumerate(own)]
+
+
+@pytest.fixture(scope="module")
+def truth(model, prompts):
+    return checkpoints.greedy(model, prompts, OUTPUT)
+
+
+def engine(model: Any, backend: str, *, blocks: int = 4096, depth: int = 2, **more: Any) -> LLM:
+    return LLM(
+        str(model), dtype="float32", max_model_len=LONGEST, block_size=BLOCK, max_num_seqs=8, threads=1, kv_pool="elastic",
+        kv_cache_memory_bytes=blocks * BLOCK_BYTES, async_scheduling=depth, **BACKENDS[backend], **more,
+    )  # fmt: skip
+
+
+def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], PARAMS, use_tqdm=False)
+    return [list(out.outputs[0].token_ids) for out in outputs]
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_same_tokens(model, prompts, truth, backend, depth):
+    with engine(model, backend, depth=depth) as llm:
+        for _ in range(2):
+            assert generate(llm, prompts) == truth
+
+
+def test_memory_follows_the_load(model, prompts, truth):
+    """Little at start, more under load."""
+    with engine(model, "cpu") as llm:
+        generate(llm, prompts[:1])
+        start = llm.stats().segments
+        assert start is not None
+        assert start.mapped < start.capacity // 2
+        assert generate(llm, prompts) == truth
+        loaded = llm.stats().segments
+        assert loaded is not None
+        assert loaded.most >= start.mapped
+
+
+@pytest.mark.parametrize("backend", ["graphs", pytest.param("cuda-graphs", marks=pytest.mark.gpu)])
+def test_sleep_gives_everything_back_and_waking_serves_again(model, prompts, truth, backend):
+    with engine(model, backend, enable_sleep_mode=True) as llm:
+        assert generate(llm, prompts) == truth
+        llm.sleep()
+        llm.wake_up()
+        assert generate(llm, prompts) == truth
+        segments = llm.stats().segments
+        assert segments is not None
+        assert segments.shrunk > 0
+
+
+def test_nobody_is_preempted_while_more_memory_can_come(model, prompts, truth):
+    with engine(model, "graphs", blocks=2 * LONGEST // BLOCK) as llm:
+        assert generate(llm, prompts) == truth
+    with engine(model, "graphs") as llm:
+        assert generate(llm, prompts) == truth
+        assert llm.stats().preemptions == 0
+
+
+@pytest.mark.parametrize("backend", ["cpu", "graphs"])
+def test_with_tiers_below(model, prompts, truth, backend):
+    with engine(model, backend, blocks=40, kv_offloading_size=400.5 * BLOCK_BYTES / 2**30) as llm:
+        for _ in range(3):
+            assert generate(llm, prompts) == truth
+        assert llm.stats().tiers[0].stored > 20
+
+
+def test_a_cache_smaller_than_its_segments_is_refused(model, monkeypatch):
+    monkeypatch.setattr("xllm.executor.kv_memory.blocks_per_segment", lambda *_: 64)
+    with pytest.raises(ConfigError, match="segments"):
+        engine(model, "cpu", blocks=32)
