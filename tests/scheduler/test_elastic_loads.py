@@ -97,4 +97,4 @@ def test_random_loads():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_random_loads_in_depth():
-    explore(ElasticLoad, examples=2000, moves=80)
+    explore(ElasticLoad, examples=600, moves=80)
