@@ -8,6 +8,7 @@ import pytest
 from tests import checkpoints
 from tests.engine.test_equality import BACKENDS, BLOCK
 from xllm import LLM, SamplingParams
+from xllm.core.errors import ConfigError
 from xllm.core.transfer import TierStats
 from xllm.executor.disk_tier import DiskTier
 from xllm.executor.host_tier import HostTier
@@ -204,3 +205,8 @@ def test_what_lies_in_host_memory_outlasts_sleep(model, talks, truth, backend):
         hits = tiers(llm)[0].hits
         assert converse(llm, talks) == truth
         assert tiers(llm)[0].hits > hits + 20
+
+
+def test_more_host_memory_than_is_free_is_refused_at_start(model):
+    with pytest.raises(ConfigError, match="host memory are asked for"):
+        engine(model, host=int(2**44 / BLOCK_BYTES))

@@ -12,6 +12,7 @@ from xllm.config.memory import gib
 from xllm.core.errors import ConfigError
 from xllm.core.plan import NewSequence, StepPlan
 from xllm.core.sampling import SamplingParams
+from xllm.device.facts import cpu_facts
 from xllm.device.table import Device, open_device
 from xllm.executor.buffers import InputBuffers
 from xllm.executor.disk_tier import DiskTier
@@ -108,12 +109,15 @@ def assemble(config: EngineConfig, model: Model, device: Device, ops: Ops, *, bl
 def _mover(config: EngineConfig, tiers: TierConfig, device: Device, kv_cache: torch.Tensor) -> Mover:
     """Tiers below the device, and who moves blocks between them. ConfigError where there is no room for them."""
     block_bytes = config.cache.block_bytes
-    try:
-        memory = device.pinned(tiers.host_blocks * block_bytes)
-    except (OSError, RuntimeError, ValueError) as e:
+    wanted, free = tiers.host_blocks * block_bytes, cpu_facts().free_bytes
+    if wanted > free:  # Linux would promise it, and end somebody's process once it is used
         raise ConfigError(
-            f"--kv-offloading-size: {gib(tiers.host_blocks * block_bytes)} of host memory cannot be had: {e}"
-        ) from e
+            f"--kv-offloading-size: {gib(wanted)} of host memory are asked for, {gib(free)} are free"
+        )
+    try:
+        memory = device.pinned(wanted)
+    except (OSError, RuntimeError, ValueError) as e:
+        raise ConfigError(f"--kv-offloading-size: {gib(wanted)} of host memory cannot be had: {e}") from e
     host = HostTier(memory, tiers.host_blocks, block_bytes)
     disk = None
     if tiers.disk_path is not None:
