@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -11,9 +10,9 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
+from tests.state_machines import explore
 from xllm.core.segments import Grow, Grown, SegmentNews, SegmentOrder, Shrink, Shrunk
 from xllm.kv.elastic import Elastic
 from xllm.kv.pool import BlockPool
@@ -514,23 +513,11 @@ class ElasticMachine(RuleBasedStateMachine):
             assert not self.elastic.can_grow
 
 
-def explore(examples: int) -> None:
-    run_state_machine_as_test(
-        ElasticMachine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=40,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-
-
 def test_random_moves():
-    explore(80)
+    explore(ElasticMachine, 80)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_random_moves_in_depth():
-    explore(2000)
+    explore(ElasticMachine, 2000)

@@ -2,7 +2,6 @@ from collections import deque
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -10,9 +9,9 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
+from tests.state_machines import explore
 from xllm.core.transfer import Load, Loaded, News, Order, Save, Saved, Source, Written
 from xllm.kv.events import HOST, EventLog, Origin, Removed, Stored
 from xllm.kv.tiers.cost import Cost
@@ -611,23 +610,11 @@ class OffloadMachine(RuleBasedStateMachine):
             self.come_to_rest()
 
 
-def explore(examples: int) -> None:
-    run_state_machine_as_test(
-        OffloadMachine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=50,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-
-
 def test_random_moves():
-    explore(200)
+    explore(OffloadMachine, 200, moves=50)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_random_moves_in_depth():
-    explore(3000)
+    explore(OffloadMachine, 3000, moves=50)

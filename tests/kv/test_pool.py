@@ -1,5 +1,4 @@
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -7,9 +6,9 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
+from tests.state_machines import explore
 from xllm.kv.pool import BlockPool
 
 
@@ -362,23 +361,11 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.match(sorted(self.names)) == [self.names[one] for one in sorted(self.names)]
 
 
-def explore(examples: int) -> None:
-    run_state_machine_as_test(
-        PoolMachine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=40,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-
-
 def test_random_moves():
-    explore(80)
+    explore(PoolMachine, 80)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_random_moves_in_depth():
-    explore(3000)
+    explore(PoolMachine, 3000)

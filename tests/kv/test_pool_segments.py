@@ -1,7 +1,6 @@
 """A pool whose blocks come and go."""
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -9,9 +8,9 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
+from tests.state_machines import explore
 from xllm.kv.events import EventLog, Origin, Removed
 from xllm.kv.pool import BlockPool
 
@@ -328,23 +327,11 @@ class SegmentedPoolMachine(RuleBasedStateMachine):
         assert len(self.pool.index) == len(self.names)
 
 
-def explore(examples: int) -> None:
-    run_state_machine_as_test(
-        SegmentedPoolMachine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=40,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-
-
 def test_random_moves():
-    explore(80)
+    explore(SegmentedPoolMachine, 80)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_random_moves_in_depth():
-    explore(3000)
+    explore(SegmentedPoolMachine, 3000)

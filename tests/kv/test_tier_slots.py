@@ -1,5 +1,4 @@
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -7,9 +6,9 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
+from tests.state_machines import explore
 from xllm.kv.events import HOST, Cleared, EventLog, Origin, Removed, Stored
 from xllm.kv.tiers.slots import SlotIndex
 
@@ -421,23 +420,11 @@ class SlotMachine(RuleBasedStateMachine):
         assert self.told == set(ready)
 
 
-def explore(examples: int) -> None:
-    run_state_machine_as_test(
-        SlotMachine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=40,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-
-
 def test_random_moves():
-    explore(80)
+    explore(SlotMachine, 80)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_random_moves_in_depth():
-    explore(3000)
+    explore(SlotMachine, 3000)

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 
 from tests.scheduler.rig import Rig, request
-from tests.scheduler.test_random_loads import Load, bursts, explore, limits, names
+from tests.scheduler.test_random_loads import Load, bursts, limits, names
+from tests.state_machines import explore
 from xllm.kv.events import DEVICE, Cleared, Removed, Stored
 
 seen: Counter[type] = Counter()

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 from tests.scheduler.rig import Rig, request
-from tests.scheduler.test_random_loads import Load, arrivals, bursts, explore, limits, names
+from tests.scheduler.test_random_loads import Load, arrivals, bursts, limits, names
+from tests.state_machines import explore
 from xllm.core.output import Finish
 
 LONG = [1, 2, 3, 4] * 6  # 6 blocks

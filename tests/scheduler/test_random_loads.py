@@ -5,7 +5,6 @@ outputs alone, whatever ran beside it, was cancelled, preempted or failed.
 """
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -13,11 +12,11 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 from tests.scheduler.fake_executor import VOCAB
 from tests.scheduler.rig import Rig, request
+from tests.state_machines import explore
 from xllm.core.errors import InvalidRequest
 from xllm.core.output import Finish
 from xllm.scheduler import policies
@@ -169,18 +168,6 @@ class Load(RuleBasedStateMachine):
         if hasattr(self, "rig"):
             self.rig.drain()
             self.rig.check_outputs()
-
-
-def explore(machine: type[Load], examples: int, moves: int) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=moves,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
 
 
 def test_random_loads():
