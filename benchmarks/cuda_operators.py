@@ -1,4 +1,4 @@
-"""What of the operators for cards is timed besides products: row by row, attention, a whole layer, sampling.
+"""What of the operators for cards is timed inside a layer besides products: row by row, attention, a whole layer.
 
 Legend: as in `xllm.ops`.
 """
@@ -12,13 +12,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from benchmarks.cuda_ends import embedding_cases, input_cases, sampling_cases
 from benchmarks.cuda_products import (
+    BLOCK,
     EPS,
+    LONGEST,
     Case,
     Found,
     Scope,
     Way,
     always,
+    constants,
     draw,
     half_layer_cases,
     linear_cases,
@@ -26,7 +30,7 @@ from benchmarks.cuda_products import (
     quantised_cases,
     without_pdl,
 )
-from xllm.ops import activation, attention, few, inputs, norm, rotary, sampling
+from xllm.ops import activation, attention, few, norm, rotary
 from xllm.ops.attention import AttentionInputs, query_tiles
 from xllm.ops.cuda import activation as activation_kernel
 from xllm.ops.cuda import (
@@ -38,9 +42,7 @@ from xllm.ops.cuda import (
 )
 from xllm.ops.cuda import norm as norm_kernel
 from xllm.ops.cuda import rotary as rotary_kernel
-from xllm.ops.cuda import sampling as sampling_kernels
 
-BLOCK, LONGEST = 64, 40960
 DECODES = (
     (1, 512), (1, 4096), (8, 1024), (32, 512), (32, 4096), (48, 600), (64, 600), (128, 600), (256, 600), (512, 288),
 )  # sequences, context  # fmt: skip
@@ -50,19 +52,6 @@ PROMPTS = (
     (64, 128, 128), (16, 128, 2176),
 )  # sequences, queries of each, context  # fmt: skip
 TRITON = (hopper_attention, "fits", lambda *_: False)  # by the kernel for all cards
-SAMPLINGS = {  # inverse temperature, top-k, top-p
-    "greedy": (0.0, 0, 1.0),
-    "temperature": (1.25, 0, 1.0),
-    "top-k 20, top-p 0.95": (1.25, 20, 0.95),
-    "top-p 0.9": (1.25, 0, 0.9),
-}
-
-
-def constants(module: object, **values: tuple[int, ...]) -> Found:
-    """Other values of a module's constants."""
-    for name, others in values.items():
-        for value in others:
-            yield f"{name.lower()} {value}", ((module, name, value),)
 
 
 def angles(positions: int, rotated: int) -> torch.Tensor:
@@ -342,61 +331,6 @@ def _layer(scope: Scope, layers: list[dict[str, torch.Tensor]], size: int, token
     )  # fmt: skip
 
 
-def sampling_cases(scope: Scope) -> Iterator[Case]:
-    """Of flat logits, as of a model without training, and of peaked ones."""
-    vocab = scope.model.vocab
-    for rows in scope.tokens(1, 16, 256, 512):
-        for form, peak in (("flat", 0.0), ("peaked", 20.0)):
-            logits = draw(scope.sets(rows * vocab * 2, most=4), rows, vocab, scale=3.0)
-            logits[:, :, torch.randperm(vocab)[:30]] += peak
-            for kind in SAMPLINGS:
-                yield _sampling(scope, logits, form, kind)
-
-
-def _sampling(scope: Scope, logits: torch.Tensor, form: str, kind: str) -> Case:
-    count, rows, vocab = logits.shape
-    inv_temperature, top_k, top_p = SAMPLINGS[kind]
-    numbers = sampling.SlotNumbers(
-        starts=torch.randint(1 << 62, (rows,)), inv_temperature=torch.full((rows,), inv_temperature),
-        min_p=torch.zeros(rows), top_p=torch.full((rows,), top_p, dtype=torch.float64),
-        top_k=torch.full((rows,), top_k),
-    )  # fmt: skip
-    slots, positions = torch.randperm(rows), torch.randint(8, (rows,))
-    feed, checked, sample = torch.zeros(rows, 8, dtype=torch.int64), min(rows, 8), scope.ops.sample
-    assert sample is not None
-    way = Way(
-        "", lambda i: sample(logits[i % count], slots, positions, numbers, feed), read=lambda out: out[0][:checked]
-    )  # fmt: skip
-    found = constants(
-        sampling_kernels, CHOOSE_WARPS=(4, 16), CHOOSE_REGISTERS=(128,), SURVEYED=(8, 32), SURVEY_WARPS=(8,)
-    )
-    return Case(
-        "sample", f"{rows} {form}, {kind}", [way, *scope.vary(way, found)],
-        lambda: sampling.sample(logits[0, :checked], slots[:checked], positions[:checked], numbers)[0],
-        moved=2 * rows * vocab, sets=count, limit=0.3,  # where a border is close, the neighbour is right
-    )  # fmt: skip
-
-
-def input_cases(scope: Scope) -> Iterator[Case]:
-    slots, longest = 512, 100 if scope.dry else LONGEST
-    tokens = torch.randint(1000, (slots, longest + 1))
-    table = torch.randint(1 << 20, (slots, LONGEST // BLOCK), dtype=torch.int32)
-    for count in scope.tokens(1, 16, 256, 512):
-        given = torch.randperm(slots)[:count], torch.randint(min(1200, longest), (count,)), tokens, table
-        yield _inputs(scope, *given)
-
-
-def _inputs(scope: Scope, slots: torch.Tensor, *given: torch.Tensor) -> Case:
-    def run(operator: Callable[..., Any]) -> Any:
-        return operator(slots, *given, BLOCK)
-
-    way = Way("", lambda _: run(scope.ops.decode_inputs), read=lambda out: torch.cat(out[:3]))
-    return Case(
-        "decode_inputs", f"{len(slots)} sequences", [way],
-        lambda: torch.cat(run(inputs.decode_inputs)[:3]), moved=len(slots) * 200, limit=0.0,
-    )  # fmt: skip
-
-
 GROUPS: dict[str, Callable[[Scope], Iterator[Case]]] = {
     "linear": linear_cases,
     "half-layers": half_layer_cases,
@@ -406,6 +340,7 @@ GROUPS: dict[str, Callable[[Scope], Iterator[Case]]] = {
     "prompts": prompt_cases,
     "rows": row_cases,
     "quantised": quantised_cases,
+    "embedding": embedding_cases,
     "sampling": sampling_cases,
     "inputs": input_cases,
 }

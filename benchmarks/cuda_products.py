@@ -1,4 +1,4 @@
-"""What of the operators for cards is timed, at the shapes of Qwen3: products with weights. The rest: `cuda_operators`.
+"""What of the operators for cards is timed, at the shapes of Qwen3: products with weights. The rest of a layer: `cuda_operators`; before and behind the layers: `cuda_ends`.
 
 A case is one operator at one shape, in several ways: as the engine runs it, beside peers, with other settings.
 Legend: as in `xllm.ops`.
@@ -24,6 +24,7 @@ from xllm.ops.table import QUANTISED, FewOps, Ops, resolve
 
 COVER = 256 << 20  # bytes that the inputs in turn take together: several times what a card caches
 EPS = 1e-6
+BLOCK, LONGEST = 64, 40960  # tokens: of a block, of a context
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 Settings = tuple[tuple[object, str, object], ...]  # (module, name, what stands there meanwhile)
@@ -133,6 +134,13 @@ class Scope:
 
 def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.bfloat16).mul_(scale)
+
+
+def constants(module: object, **values: tuple[int, ...]) -> Found:
+    """Other values of a module's constants."""
+    for name, others in values.items():
+        for value in others:
+            yield f"{name.lower()} {value}", ((module, name, value),)
 
 
 def always(value: Any) -> Callable[..., Any]:
