@@ -250,7 +250,7 @@ class TestAudit:
 
     def test_two_states_are_named(self, pool):
         blocks = taken(pool, 1)
-        pool._free.append(blocks[0])
+        pool._free.put(blocks[0])
         with pytest.raises(AssertionError, match="is in 2 states"):
             pool.audit([blocks])
 

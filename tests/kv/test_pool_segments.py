@@ -202,7 +202,7 @@ class TestAudit:
             pool.audit([[5]])
 
     def test_a_free_block_that_does_not_exist_is_named(self, pool):
-        pool._free.append(6)
+        pool._free.put(6)
         with pytest.raises(AssertionError, match="block 6 does not exist"):
             pool.audit()
 

@@ -84,6 +84,11 @@ class PrefixIndex:
     def is_shelved(self, block: int) -> bool:
         return block in self._shelf
 
+    @property
+    def oldest(self) -> int | None:
+        """The least recently used block on the shelf; it stays there."""
+        return next(iter(self._shelf), None)
+
     def evict(self) -> int:
         """Take the least recently used block off the shelf and forget its name. `KeyError` where it is empty."""
         block, _ = self._shelf.popitem(last=False)

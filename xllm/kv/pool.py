@@ -16,11 +16,10 @@ upper end comes to be unused. See `xllm.kv.elastic` for who decides.
 """
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
-from functools import partial
-from heapq import heapify, heappop, heappush
+from collections.abc import Iterable, Iterator, Sequence
 
 from xllm.kv.events import EventLog, Origin
+from xllm.kv.free import FreeBlocks, Lowest, Ordered, Stack
 from xllm.kv.index import PrefixIndex
 
 _MISSING = -1  # counts as the references of a block that does not exist
@@ -30,7 +29,8 @@ class BlockPool:
     """`num_blocks` blocks of `block_size` tokens. Hot operations are O(1) per block and allocate no objects per block.
 
     With `events`, what becomes and ceases to be cached is recorded there. With `mapped` the pool is elastic and only
-    its first `mapped` blocks exist at the start; taking and giving back are O(log num_blocks) per block then.
+    its first `mapped` blocks exist at the start; taking and giving back are O(log num_blocks) per block then. With
+    `claimable` somebody may `claim` certain blocks.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class BlockPool:
         prefix_caching: bool = True,
         events: EventLog | None = None,
         mapped: int | None = None,
+        claimable: bool = False,
     ):
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a pool needs blocks and tokens in them, not {num_blocks} x {block_size}")
@@ -52,10 +53,13 @@ class BlockPool:
         self.prefix_caching = prefix_caching
         self.events = events
         self.index = PrefixIndex(num_blocks, events)
-        # A stack: block 0 first, then what was freed last. In an elastic pool a heap: the lowest block first; there
-        # what was dropped stays in it until it comes up or exists again.
-        self._free = list(range(self.num_mapped) if self.elastic else range(num_blocks - 1, -1, -1))
-        self._stale: set[int] = set()  # blocks in the heap that do not exist
+        self._free: FreeBlocks = (
+            Lowest(self.num_mapped)
+            if self.elastic
+            else Ordered(num_blocks)
+            if claimable
+            else Stack(num_blocks)
+        )
         self._references = [0] * self.num_mapped  # holders, those that leave after a step included
         self._references += [_MISSING] * (num_blocks - self.num_mapped)
         self._leaving = [0] * num_blocks  # of the references, those that end when a step settles
@@ -75,7 +79,12 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks `allocate` can hand out now: free and reusable ones."""
-        return len(self._free) - len(self._stale) + self.index.num_shelved
+        return len(self._free) + self.index.num_shelved
+
+    @property
+    def num_free(self) -> int:
+        """Of these, the ones that are cached nowhere."""
+        return len(self._free)
 
     @property
     def num_returning(self) -> int:
@@ -92,34 +101,47 @@ class BlockPool:
     def allocate(self, count: int) -> list[int] | None:
         """`count` blocks with one reference each, or None (and nothing done) where fewer are available."""
         free, references = self._free, self._references
-        if self.elastic or count > len(free):
-            return self._allocate_with_care(count)
-        blocks = []
-        for _ in range(count):
-            block = free.pop()
+        if count <= len(free):
+            blocks = free.take(count)
+        elif count > self.num_available:
+            return None
+        else:
+            blocks = free.take(len(free))
+            while len(blocks) < count:
+                blocks.append(self.index.evict())
+                self.evictions += 1
+        for block in blocks:
             references[block] = 1
-            blocks.append(block)
         return blocks
 
-    def _allocate_with_care(self, count: int) -> list[int] | None:
-        """`allocate` where cached blocks have to go, or the lowest are to be found among free and stale ones."""
-        if count > self.num_available:
-            return None
-        free, stale = self._free, self._stale
-        pop = partial(heappop, free) if self.elastic else free.pop
-        blocks: list[int] = []
-        while free and len(blocks) < count:
-            block = pop()
-            if block in stale:
-                stale.remove(block)
-            else:
-                blocks.append(block)
-        while len(blocks) < count:
-            blocks.append(self.index.evict())
+    def claim(self, block: int, *, cached: bool) -> bool:
+        """This block with one reference, as from `allocate`. False where somebody holds it, or where it is cached and only
+        one that is not will do. The pool is a `claimable` one."""
+        if self._references[block] != 0:
+            return False
+        if self.index.is_shelved(block):
+            if not cached:
+                return False
+            self.index.discard(block)
             self.evictions += 1
-        for block in blocks:
-            self._references[block] = 1
-        return blocks
+        else:
+            self._free.remove(block)
+        self._references[block] = 1
+        return True
+
+    def free_blocks(self) -> Iterator[int]:
+        """Those that are free, of a `claimable` pool those first that `allocate` hands out last. Not to be kept while
+        blocks are taken or given back."""
+        return iter(self._free)
+
+    def is_free(self, block: int) -> bool:
+        """Whether the block exists, nobody holds it and it is cached nowhere."""
+        return self._references[block] == 0 and not self.index.is_shelved(block)
+
+    @property
+    def oldest(self) -> int | None:
+        """The cached block that would be given up first, if there is one that nobody holds."""
+        return self.index.oldest
 
     def match(self, names: Sequence[bytes], limit: int | None = None) -> list[int]:
         """Blocks of the longest cached prefix of `names`, at most `limit`; not yet held: see `share`."""
@@ -199,10 +221,7 @@ class BlockPool:
         self._references[block] -= 1
         if self._references[block] == 0:
             if self.index.name_of(block) is None:
-                if self.elastic:
-                    heappush(self._free, block)
-                else:
-                    self._free.append(block)
+                self._free.put(block)
             else:
                 self.index.shelve(block)
 
@@ -233,9 +252,8 @@ class BlockPool:
 
     def reset_cache(self) -> None:
         """Forget all names. Held blocks stay held and become free, not reusable, in the end."""
-        self._free.extend(reversed(self.index.clear()))
-        if self.elastic:
-            heapify(self._free)
+        for block in reversed(self.index.clear()):
+            self._free.put(block)
 
     # blocks that come and go
 
@@ -245,10 +263,7 @@ class BlockPool:
             raise ValueError(f"of the blocks {first} to {first + count - 1} some exist already")
         for block in range(first, first + count):
             self._references[block] = 0
-            if block in self._stale:
-                self._stale.remove(block)
-            else:
-                heappush(self._free, block)
+            self._free.put(block)
         self._left_at[first : first + count] = [self.moment] * count
         self.num_mapped += count
 
@@ -294,7 +309,7 @@ class BlockPool:
                 self.index.discard(block)
                 self.evictions += 1
             else:
-                self._stale.add(block)
+                self._free.remove(block)
             self._references[block] = _MISSING
         self.num_mapped -= len(blocks)
 
@@ -310,7 +325,6 @@ class BlockPool:
         held = Counter(block for table in holders for block in table)
         leaving = Counter(block for _, blocks in self._departures for block in blocks)
         free = Counter(self._free)
-        free.subtract(self._stale)
         for block in range(self.num_blocks):
             references = self._references[block]
             if references == _MISSING:
