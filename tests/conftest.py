@@ -1,7 +1,11 @@
 """What every test may rely on: no network, one thread per worker, and no clock in property tests."""
 
+import fcntl
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch, tokenizers or huggingface_hub are first imported, here and in processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,3 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords and not (interpreted and item.nodeid.startswith(INTERPRETABLE)):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def the_card(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests marked gpu share it, but for those of `tests/device`, which look at its memory or take all of it: each has it to
+    itself, whatever other workers run."""
+    if "gpu" not in request.node.keywords:
+        yield
+        return
+    whole = request.node.nodeid.startswith("tests/device/")
+    with (Path(tempfile.gettempdir()) / "xllm-tests-card.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX if whole else fcntl.LOCK_SH)
+        yield

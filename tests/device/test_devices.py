@@ -165,3 +165,23 @@ def test_pinned_memory_has_the_size_asked_for(device):
     assert memory.is_pinned() == (device.torch_device.type == "cuda")
     memory[:] = 3
     assert memory.sum() == 3 * memory.numel()
+
+
+@pytest.mark.gpu
+def test_what_is_kept_is_there_for_work_to_come():
+    card = open_or_skip("cuda")
+    card.release()
+    card.peak()
+    large = torch.empty(1 << 28, dtype=torch.uint8, device=card.torch_device)
+    del large
+    assert card.peak() >= 1 << 28
+    assert card.peak() < 1 << 28
+    free, _ = card.memory()
+    card.release(keep=1 << 28)
+    assert free - card.memory()[0] <= 0, "the freed tensor was cached before"
+    kept = card.memory()[0]
+    large = torch.empty(1 << 28, dtype=torch.uint8, device=card.torch_device)
+    assert card.memory()[0] == kept
+    del large
+    card.release()
+    assert card.memory()[0] >= kept + (1 << 28)

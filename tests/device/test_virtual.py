@@ -1,30 +1,29 @@
 """Addresses stay, memory comes and goes: the promises of a virtual range on every device, and the CUDA one's calls
 against a stand-in for the driver that keeps books."""
 
-import ctypes
 import errno
 import gc
 import mmap
 import random
 import sys
 import threading
+import time
 from contextlib import nullcontext
-from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.device.cuda_stand_in import GRANULE, Code, Driver, OrdinaryStream, Stream, stand_in
 from xllm.core.errors import ConfigError
-from xllm.device import virtual_cpu, virtual_cuda
+from xllm.device import virtual_cpu
 from xllm.device.table import DEVICES, open_device
 from xllm.device.virtual import Pieces, whole_granules
 from xllm.device.virtual_cpu import CpuRange
-from xllm.device.virtual_cuda import CudaRange
+from xllm.device.virtual_cuda import SPARE_BYTES, CudaRange
 
 MIB = 1 << 20
-GRANULE = 4096  # of the stand-in
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -78,6 +77,7 @@ def test_memory_comes_as_zeros_and_keeps_what_is_written(reserve):
     address = memory.tensor.data_ptr()
     memory.commit(2 * step, 2 * step)
     memory.commit(0, step)
+    memory.join()
     assert memory.committed == 3 * step
     for offset, nbytes in ((0, step), (2 * step, 2 * step)):
         piece = memory.tensor[offset : offset + nbytes]
@@ -88,6 +88,7 @@ def test_memory_comes_as_zeros_and_keeps_what_is_written(reserve):
     assert memory.committed == 2 * step
     memory.commit(step, step)
     memory.commit(0, step)
+    memory.join()
     assert not memory.tensor[: 2 * step].any(), "what was there before is gone"
     assert memory.tensor[2 * step : 4 * step].unique().tolist() == [3], "neighbours are left alone"
     assert memory.tensor.data_ptr() == address
@@ -104,6 +105,7 @@ def test_it_is_seen_as_blocks_of_another_type(reserve):
     memory = reserve(3 * step)
     blocks_NE = memory.tensor.view(torch.bfloat16).view(3, -1)
     memory.commit(step, step)
+    memory.join()
     blocks_NE[1] = 1.5
     assert blocks_NE[1].unique().tolist() == [1.5]
     assert memory.tensor[step : 2 * step].view(torch.bfloat16).sum(dtype=torch.float64) == 1.5 * (step // 2)
@@ -117,6 +119,7 @@ def test_the_last_piece_reaches_beyond_the_end(reserve):
     memory = reserve(step + 100)
     assert memory.tensor.shape == (step + 100,)
     memory.commit(step, step)
+    memory.join()
     assert memory.tensor[step:].sum() == 0
     with pytest.raises(ValueError, match="not inside a range"):
         memory.commit(step, 2 * step)
@@ -176,6 +179,7 @@ def test_many_threads_at_once(reserve):
             for _ in range(30):
                 offset = (8 * thread + rnd.randrange(8)) * step
                 memory.commit(offset, step)
+                memory.join()
                 assert not memory.tensor[offset : offset + step].any()
                 memory.tensor[offset : offset + step].fill_(thread + 1)
                 settle()
@@ -315,137 +319,9 @@ def test_host_memory_lives_as_long_as_a_view():
 # CUDA, over a stand-in
 
 
-class Code(IntEnum):
-    CUDA_SUCCESS = 0
-    CUDA_ERROR_INVALID_VALUE = 1
-    CUDA_ERROR_OUT_OF_MEMORY = 2
-    CUDA_ERROR_ILLEGAL_ADDRESS = 700
-
-
-class Driver:
-    """Does what the driver's documentation says, on host memory; every misuse fails the test."""
-
-    CUresult = Code
-    CUmemAllocationType = SimpleNamespace(CU_MEM_ALLOCATION_TYPE_PINNED="pinned")
-    CUmemLocationType = SimpleNamespace(CU_MEM_LOCATION_TYPE_DEVICE="device")
-    CUmemAccess_flags = SimpleNamespace(CU_MEM_ACCESS_FLAGS_PROT_READWRITE="rw")
-    CUmemAllocationGranularity_flags = SimpleNamespace(CU_MEM_ALLOC_GRANULARITY_RECOMMENDED="recommended")
-
-    def __init__(self):
-        self.calls: list[str] = []
-        self.reserved: dict[int, mmap.mmap] = {}
-        self.handles: dict[int, int] = {}  # bytes
-        self.mapped: dict[int, list] = {}  # by address: bytes, accessible
-        self.under: dict[int, int] = {}  # the handle that was mapped, by address
-        self.free = 1 << 30
-        self.fails: dict[str, Code] = {}
-
-    def __getattribute__(self, name):
-        found = super().__getattribute__(name)
-        if not name.startswith("cu"):
-            return found
-
-        def call(*arguments):
-            self.calls.append(name)
-            if self.fails.get(name):
-                return (self.fails[name], None)
-            return found(*arguments)
-
-        return call
-
-    @staticmethod
-    def CUmemAllocationProp():
-        return SimpleNamespace(location=SimpleNamespace())
-
-    CUmemAccessDesc = CUmemAllocationProp
-
-    def cuInit(self, flags):
-        assert flags == 0
-        return (Code.CUDA_SUCCESS,)
-
-    def cuMemGetAllocationGranularity(self, allocation, option):
-        assert allocation.type == "pinned" and option == "recommended"
-        assert vars(allocation.location) == {"type": "device", "id": 0}
-        return Code.CUDA_SUCCESS, GRANULE
-
-    def cuMemAddressReserve(self, nbytes, alignment, address, flags):
-        assert (nbytes % GRANULE, alignment, address, flags) == (0, GRANULE, 0, 0)
-        memory = mmap.mmap(-1, nbytes)
-        first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self.reserved[first] = memory
-        return Code.CUDA_SUCCESS, first
-
-    def cuMemAddressFree(self, address, nbytes):
-        assert len(self.reserved.pop(address)) == nbytes
-        assert not any(address <= one < address + nbytes for one in self.mapped)
-        return (Code.CUDA_SUCCESS,)
-
-    def cuMemCreate(self, nbytes, allocation, flags):
-        assert nbytes % GRANULE == 0 and flags == 0 and allocation.type == "pinned"
-        if nbytes > self.free:
-            return Code.CUDA_ERROR_OUT_OF_MEMORY, None
-        self.free -= nbytes
-        handle = len(self.calls)  # another one each time
-        self.handles[handle] = nbytes
-        return Code.CUDA_SUCCESS, handle
-
-    def cuMemMap(self, address, nbytes, offset, handle, flags):
-        assert (self.handles[handle], offset, flags) == (nbytes, 0, 0)
-        assert address % GRANULE == 0
-        assert not any(
-            address < one + size and one < address + nbytes for one, (size, _) in self.mapped.items()
-        )
-        first = max(one for one in self.reserved if one <= address)
-        self.reserved[first][address - first : address - first + nbytes] = (
-            b"\xab" * nbytes
-        )  # within, or it raises
-        self.mapped[address] = [nbytes, False]
-        self.under[address] = handle
-        return (Code.CUDA_SUCCESS,)
-
-    def cuMemSetAccess(self, address, nbytes, access, count):
-        assert count == len(access) == 1 and access[0].flags == "rw"
-        assert vars(access[0].location) == {"type": "device", "id": 0}
-        assert self.mapped[address] == [nbytes, False]
-        self.mapped[address][1] = True
-        return (Code.CUDA_SUCCESS,)
-
-    def cuMemUnmap(self, address, nbytes):
-        assert self.mapped.pop(address)[0] == nbytes
-        if self.under.pop(address) not in self.handles:
-            self.free += nbytes
-        return (Code.CUDA_SUCCESS,)
-
-    def cuMemRelease(self, handle):
-        nbytes = self.handles.pop(handle)
-        if handle not in self.under.values():
-            self.free += nbytes
-        return (Code.CUDA_SUCCESS,)
-
-
 @pytest.fixture
 def driver(monkeypatch):
-    """The stand-in, with PyTorch's side of it: tensors over its addresses, streams that do nothing."""
-    driver = Driver()
-    waited = SimpleNamespace(synchronize=lambda: driver.calls.append("synchronize"))
-
-    def as_tensor(over, device):
-        shown = over.__cuda_array_interface__
-        (nbytes,), (first, read_only) = shown["shape"], shown["data"]
-        assert (shown["typestr"], read_only, device) == ("|u1", False, torch.device("cuda", 0))
-        assert driver.mapped.get(first, [0, False])[1], "PyTorch asks what lies at the first address"
-        memory = (ctypes.c_uint8 * nbytes).from_address(first)
-        memory.owner = over
-        return torch.frombuffer(memory, dtype=torch.uint8)
-
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-    monkeypatch.setattr(virtual_cuda, "import_module", sys.modules.__getitem__)
-    monkeypatch.setattr(torch, "as_tensor", as_tensor)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: waited)
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    yield driver
-    gc.collect()
-    assert not driver.handles, "all have been released"
+    yield from stand_in(monkeypatch)
 
 
 def cuda_range(nbytes=8 * GRANULE):
@@ -458,16 +334,95 @@ def test_the_calls_of_one_piece(driver):
     assert driver.free == 1 << 30
     driver.calls.clear()
     memory.commit(GRANULE, 2 * GRANULE)
-    assert driver.calls == ["cuMemCreate", "cuMemMap", "cuMemRelease", "cuMemSetAccess", "synchronize"]
+    assert driver.calls == ["cuMemCreate", "cuMemMap", "cuMemRelease", "cuMemSetAccess"], "nobody waits"
+    assert len(driver.recorded) == 1
     assert driver.mapped == {memory.tensor.data_ptr() + GRANULE: [2 * GRANULE, True]}
     driver.calls.clear()
     memory.decommit(GRANULE, 2 * GRANULE)
-    assert driver.calls == ["cuMemUnmap"]
+    assert driver.calls == ["synchronize", "cuMemUnmap"], "it may not have been zeroed yet"
     assert driver.free == 1 << 30
     memory.close()
 
 
-@pytest.mark.parametrize("name", ["cuMemCreate", "cuMemMap", "cuMemSetAccess", "synchronize"])
+def test_some_memory_stays_for_work_that_cannot_wait(driver, monkeypatch):
+    memory = CudaRange(4 * GRANULE, torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (SPARE_BYTES + GRANULE - 1, 1 << 41))
+    with pytest.raises(MemoryError, match="512 stay so"):
+        memory.commit(0, GRANULE)
+    assert memory.committed == 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (SPARE_BYTES + GRANULE, 1 << 41))
+    memory.commit(0, GRANULE)
+    memory.close()
+
+
+def test_steps_come_behind_the_zeroing_of_all_there_is(driver):
+    memory = cuda_range()
+    driver.calls.clear()
+    memory.join()
+    assert driver.calls == [], "there is nothing"
+    memory.commit(0, GRANULE)
+    memory.commit(2 * GRANULE, GRANULE)
+    assert driver.waited == 0
+    memory.join()
+    assert driver.waited == 2, "one stream zeroes, so the last one is enough"
+    driver.calls.clear()
+    memory.join()
+    assert driver.calls == []
+    memory.commit(GRANULE, GRANULE)
+    memory.join()
+    assert driver.waited == 3
+    memory.close()
+
+
+def test_a_wait_that_fails_is_tried_again(driver, monkeypatch):
+    memory = cuda_range()
+    memory.commit(0, GRANULE)
+    with monkeypatch.context() as patched:
+        patched.setattr(OrdinaryStream, "wait_event", lambda self, event: driver.cuNothing())
+        with pytest.raises(AttributeError):
+            memory.join()
+    memory.join()
+    assert driver.waited == 1
+    memory.close()
+
+
+def test_many_threads_commit_and_join(driver, monkeypatch):
+    """Whoever has joined what it committed finds the steps behind it, whichever thread made them wait."""
+    memory = cuda_range(4 * 8 * GRANULE)
+    errors: list[BaseException] = []
+    plain = OrdinaryStream.wait_event
+
+    def slow(self, event):
+        time.sleep(1e-5)
+        plain(self, event)
+
+    monkeypatch.setattr(OrdinaryStream, "wait_event", slow)
+
+    def use(thread):
+        try:
+            for n in range(200):
+                offset = (8 * thread + n % 8) * GRANULE
+                memory.commit(offset, GRANULE)
+                mine = max(i for i, who in enumerate(driver.recorded, 1) if who == threading.get_ident())
+                memory.join()
+                assert driver.waited >= mine
+                memory.decommit(offset, GRANULE)
+        except BaseException as e:
+            errors.append(e)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=use, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert not errors
+    memory.close()
+
+
+@pytest.mark.parametrize("name", ["cuMemCreate", "cuMemMap", "cuMemSetAccess", "record_event"])
 @pytest.mark.parametrize(
     ("code", "error"),
     [(Code.CUDA_ERROR_OUT_OF_MEMORY, MemoryError), (Code.CUDA_ERROR_ILLEGAL_ADDRESS, RuntimeError)],
@@ -477,19 +432,20 @@ def test_a_failure_in_the_middle_leaves_nothing(driver, monkeypatch, name, code,
     memory.commit(0, GRANULE)
     before = driver.free
     driver.fails[name] = code
-    if name == "synchronize":
-        monkeypatch.setattr(
-            memory, "_stream", SimpleNamespace(synchronize=lambda: virtual_cuda._call(driver, "cuIt"))
-        )
+    if name == "record_event":
         monkeypatch.setattr(Driver, "cuIt", lambda self: (code,), raising=False)
+        monkeypatch.setattr(Stream, "record_event", lambda self: memory._driver.call("cuIt"))
+        driver.calls.clear()
     with pytest.raises(error, match=code.name):
         memory.commit(GRANULE, 3 * GRANULE)
+    if name == "record_event":
+        assert driver.calls[-2:] == ["synchronize", "cuMemUnmap"], "some of it may have been submitted"
     assert memory.committed == GRANULE
     assert list(driver.mapped) == [memory.tensor.data_ptr()]
     assert not driver.handles
     assert driver.free == before
     driver.fails.clear()
-    monkeypatch.setattr(memory, "_stream", SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(Stream, "record_event", lambda self: 1)
     memory.commit(GRANULE, 3 * GRANULE)
     memory.close()
 
@@ -585,11 +541,13 @@ def test_a_graph_sees_memory_that_came_after_it(card):
     step = memory.granularity
     rows_NE = memory.tensor.view(torch.float32).view(-1, step // 4)
     memory.commit(0, step)
+    memory.join()
     row = torch.zeros(1, dtype=torch.int64, device=card.torch_device)
     graph = card.capture(lambda: (rows_NE.index_select(0, row).sum(),))
     last = len(rows_NE) - 1
     for number in (2.0, 3.0):
         memory.commit(last * step, step)
+        memory.join()
         rows_NE[last] = number
         row.fill_(last)
         graph.replay()
@@ -617,6 +575,7 @@ def test_another_thread_commits_while_the_card_works(card):
     while thread.is_alive():
         busy = (busy @ busy).softmax(0)
     thread.join()
+    memory.join()
     assert not memory.tensor[: 64 * step].any()
     assert bool(busy.isfinite().all())
     here = card.pinned(step)
@@ -625,4 +584,38 @@ def test_another_thread_commits_while_the_card_works(card):
         here.copy_(memory.tensor[5 * step : 6 * step], non_blocking=True)
         card.mark().wait()
     assert here.unique().tolist() == [9]
+    memory.close()
+
+
+@pytest.mark.gpu
+def test_nobody_waits_for_the_zeroing_but_the_work_behind_it(card):
+    """Memory is committed at once behind a queue of work, read after it, and may go before it was zeroed."""
+    memory = card.reserve(1 << 34)
+    step, pieces = 64 * MIB, 16
+    memory.commit(0, step)  # what is set up on first use
+    memory.join()
+    busy = torch.ones(8000, 8000, device=card.torch_device)
+    wrong = torch.zeros(1, dtype=torch.int64, device=card.torch_device)
+    for _ in range(3):
+        torch.cuda.synchronize()
+        for _ in range(40):  # 20 ms each
+            busy = (busy @ busy).softmax(0)
+        queued = torch.cuda.Event()
+        queued.record()
+        begun = time.perf_counter()
+        for n in range(1, pieces):
+            memory.commit(n * step, step)
+        took = time.perf_counter() - begun
+        assert not queued.query(), "the card is still busy"
+        memory.decommit(step, step)
+        memory.commit(step, step)
+        memory.join()
+        wrong += memory.tensor[: pieces * step].count_nonzero()
+        memory.tensor[: pieces * step].fill_(7)
+        memory.tensor[:step].zero_()
+        assert took / pieces < 2e-3, f"{took / pieces * 1e3:.2f} ms for a piece"
+        torch.cuda.synchronize()
+        for n in range(1, pieces):
+            memory.decommit(n * step, step)
+    assert wrong.item() == 0
     memory.close()

@@ -33,8 +33,12 @@ class Meter(ReferenceDevice):
     def memory(self):
         return self.says
 
-    def release(self):
+    def peak(self):
+        return 3 * MIB
+
+    def release(self, keep=0):
         self.released += 1
+        self.kept = keep
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +74,15 @@ def test_the_cache_gets_what_is_left_below_the_limit(directory):
     budget = 11 * MIB + (trial.cache.num_blocks + 1) * config.cache.block_bytes - 10 * MIB
     useful = 6 * -(-config.scheduler.max_model_len // config.cache.block_size)
     assert sized.cache.num_blocks == min(useful, budget // config.cache.block_bytes)
-    assert device.released == 1
+    assert (device.released, device.kept) == (1, 0)
     assert "as measured" in sized.reasons[-1]
+
+
+def test_what_a_step_needs_stays_where_others_may_take_the_rest(directory):
+    config = decided(directory, max_num_seqs=6, max_num_batched_tokens=96, kv_pool="elastic")
+    device = Meter(free=11 * MIB, total=40 * MIB)
+    measured(config, device)
+    assert (device.released, device.kept) == (1, 3 * MIB)
 
 
 def test_a_card_that_is_full_is_told_so(directory):

@@ -3,6 +3,8 @@
 import random
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from xllm.core.segments import Grow, Grown, Shrink, Shrunk
 from xllm.device.reference import ReferenceDevice
 from xllm.device.table import DEVICES, open_device
 from xllm.device.virtual import Pieces
-from xllm.executor import segments as segments_module
+from xllm.executor import order_thread
+from xllm.executor.kv_memory import ElasticMemory
+from xllm.executor.runner import Runner
 from xllm.executor.segments import SegmentMapper, blocks_per_segment
 
 LONG = 30.0  # seconds; only a failing test waits that long
@@ -26,7 +30,7 @@ class Memory:
     def __init__(self, nbytes):
         self.tensor = torch.zeros(nbytes, dtype=torch.uint8)
         self.pieces = Pieces(-(-nbytes // GRANULE) * GRANULE, GRANULE)
-        self.done: list[tuple[str, int, int]] = []
+        self.done: list[tuple[str, int, int] | str] = []
         self.error: Exception | None = None
         self.gate, self.entered = threading.Event(), threading.Event()
         self.gate.set()
@@ -38,6 +42,9 @@ class Memory:
     def commit(self, offset, nbytes):
         with self.pieces.adding(offset, nbytes):
             self._do("commit", offset, nbytes)
+
+    def join(self):
+        self.done.append("join")
 
     def decommit(self, offset, nbytes):
         with self.pieces.removing(offset, nbytes):
@@ -197,7 +204,7 @@ def test_a_device_that_hangs_does_not_hold_up_the_end(mapper, memory, monkeypatc
     memory.gate.clear()
     mapper.start([Grow(0)])
     assert memory.entered.wait(LONG)
-    monkeypatch.setattr(segments_module, "CLOSE_S", 0.05)
+    monkeypatch.setattr(order_thread, "CLOSE_S", 0.05)
     assert not mapper.close()
     assert "still being mapped" in caplog.text
     monkeypatch.undo()
@@ -269,6 +276,7 @@ def test_blocks_hold_what_was_written_while_others_come_and_go(device, seed):
         else:
             mapper.start([Grow(segment)])
             assert hear(mapper, 1) == [Grown(segment)]
+            memory.join()
             assert not blocks.any()
             blocks.fill_(n)
             mapped[segment] = n

@@ -28,7 +28,7 @@ SegmentOrder = Grow | Shrink
 
 @dataclass(frozen=True, slots=True)
 class Grown:
-    """The segment is mapped and its memory zero, or, where not `ok`, there is no memory to be had for it (another
+    """The segment is mapped and its memory zero (behind the next `VirtualRange.join`), or, where not `ok`, there is no memory to be had for it (another
     process has it) and nothing is mapped. `error` is a sentence, empty where `ok`."""
 
     segment: int

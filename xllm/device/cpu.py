@@ -9,6 +9,8 @@ import numpy as np
 import psutil
 import torch
 
+from xllm.device.pages import PageSpace
+from xllm.device.pages_cpu import CpuPages
 from xllm.device.table import Graph
 from xllm.device.virtual import VirtualRange
 from xllm.device.virtual_cpu import CpuRange
@@ -44,6 +46,9 @@ class CpuDevice:
     def reserve(self, nbytes: int) -> VirtualRange:
         return CpuRange(nbytes)
 
+    def reserve_pages(self, page_bytes: int, pages: int, places: int) -> PageSpace:
+        return CpuPages(page_bytes, pages, places)
+
     def upload(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array)
 
@@ -56,7 +61,7 @@ class CpuDevice:
     def mark(self) -> "ClockMark":
         return ClockMark()
 
-    def beside(self, after: Any) -> AbstractContextManager[None]:
+    def beside(self, after: Any, lane: int = 0) -> AbstractContextManager[None]:
         return nullcontext()  # what came before a mark had run when the mark was made
 
     def pinned(self, nbytes: int) -> torch.Tensor:
@@ -69,7 +74,10 @@ class CpuDevice:
         memory = psutil.virtual_memory()
         return memory.available, memory.total
 
-    def release(self) -> None:
+    def peak(self) -> int:
+        return 0
+
+    def release(self, keep: int = 0) -> None:
         pass  # what is freed goes back by itself
 
     def capture(self, work: Callable[[], tuple[torch.Tensor, ...]]) -> Graph:

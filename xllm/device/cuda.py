@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from xllm.device.table import Graph
+from xllm.device.pages import PageSpace
+from xllm.device.pages_cuda import CudaPages
+from xllm.device.table import LANES, Graph
 from xllm.device.virtual import VirtualRange
 from xllm.device.virtual_cuda import CudaRange
 
@@ -70,7 +72,7 @@ class CudaDevice:
         self._pool = torch.cuda.graph_pool_handle()
         self._capturing = torch.cuda.Stream(self.torch_device)
         # 0 is the lowest priority there is, and that of the ordinary stream too; copies run on engines of their own
-        self._side = torch.cuda.Stream(self.torch_device, priority=0)
+        self._sides = [torch.cuda.Stream(self.torch_device, priority=0) for _ in range(LANES)]
         # float32 means float32: a checkpoint that asks for it gets exact products, not TF32
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
@@ -81,6 +83,9 @@ class CudaDevice:
 
     def reserve(self, nbytes: int) -> VirtualRange:
         return CudaRange(nbytes, self.torch_device)
+
+    def reserve_pages(self, page_bytes: int, pages: int, places: int) -> PageSpace:
+        return CudaPages(page_bytes, pages, places, self.torch_device)
 
     def upload(self, array: np.ndarray) -> torch.Tensor:
         # PyTorch keeps a pinned block from reuse until the copy out of it has run
@@ -98,12 +103,14 @@ class CudaDevice:
         return CudaMark()
 
     @contextmanager
-    def beside(self, after: CudaMark) -> Iterator[None]:
+    def beside(self, after: CudaMark | None, lane: int = 0) -> Iterator[None]:
         # The event was recorded before it came here, so the side stream waits for what it marks, on the card and not in
         # this thread. Which stream is current is a thread's own affair: other threads go on submitting to theirs. The
         # memory copied lives as long as the engine, so the allocator need not be told of its use in another stream.
-        self._side.wait_event(after._event)
-        with torch.cuda.stream(self._side):
+        side = self._sides[lane]
+        if after is not None:
+            side.wait_event(after._event)
+        with torch.cuda.stream(side):
             yield
 
     def pinned(self, nbytes: int) -> torch.Tensor:
@@ -128,10 +135,19 @@ class CudaDevice:
         free, total = torch.cuda.mem_get_info()
         return free, total
 
-    def release(self) -> None:
+    def peak(self) -> int:
+        most, now = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return most - now
+
+    def release(self, keep: int = 0) -> None:
         gc.collect()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        if keep:
+            torch.empty(
+                keep, dtype=torch.uint8, device=self.torch_device
+            )  # gone at once, and kept by PyTorch
         self._pool = torch.cuda.graph_pool_handle()  # a pool whose graphs have gone cannot be used again
 
     def capture(self, work: Callable[[], tuple[torch.Tensor, ...]]) -> Graph:

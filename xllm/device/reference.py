@@ -60,7 +60,7 @@ class ReferenceDevice(CpuDevice):
         return PendingMark(pending)
 
     @contextmanager
-    def beside(self, after: Any) -> Iterator[None]:
+    def beside(self, after: Any, lane: int = 0) -> Iterator[None]:
         """A mark made inside brings no download of the ordinary work, as on a card."""
         ordinary, self._stream.pending = self._stream.pending, []
         try:

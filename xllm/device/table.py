@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from xllm.core.errors import ConfigError
+from xllm.device.pages import PageSpace
 from xllm.device.virtual import VirtualRange
 
 DEVICES = {
@@ -39,9 +40,12 @@ class Mark(Protocol):
         ...
 
 
+LANES = 2  # orders beside the ordinary one
+
+
 class Device(Protocol):
     """What the executor needs of a piece of hardware. All calls come from the thread that runs the model, but for
-    `beside` and what is done inside it, which one other thread may do.
+    `beside` and what is done inside it, which one other thread for each lane may do.
 
     Work on the device runs in the order it was submitted. Where `asynchronous`, submitting returns before the work has
     run; elsewhere nothing here ever waits or overlaps.
@@ -63,6 +67,12 @@ class Device(Protocol):
         """Addresses on the device for so much, without memory. ConfigError where the device has no such thing."""
         ...
 
+    def reserve_pages(self, page_bytes: int, pages: int, places: int) -> PageSpace:
+        """Addresses on the device for so many places, all bare, and numbers for so many pages, none of which has memory.
+        ValueError where `page_bytes` are not whole granules: those of `reserve`. ConfigError where the device has no
+        such thing, MemoryError where there are no such addresses."""
+        ...
+
     def upload(self, array: np.ndarray) -> torch.Tensor:
         """A copy on the device, in submission order. The array may be changed as soon as this returns if the device
         is asynchronous; elsewhere the tensor may share its memory."""
@@ -78,9 +88,9 @@ class Device(Protocol):
 
     def mark(self) -> Mark: ...
 
-    def beside(self, after: Any) -> AbstractContextManager[None]:
-        """What is submitted inside runs in an order of its own, beside the other work and after the mark `after`. A mark
-        made inside is of that order. For copies between the KV cache and memory that is `pinned`: nothing may be
+    def beside(self, after: Any, lane: int = 0) -> AbstractContextManager[None]:
+        """What is submitted inside runs in an order of its own, one for each of the `LANES`, beside the other work and,
+        where that is not None, after the mark `after`. A mark made inside is of that order. For copies between the KV cache and memory that is `pinned`: nothing may be
         allocated inside."""
         ...
 
@@ -97,8 +107,13 @@ class Device(Protocol):
         """Bytes (free, in all) as the driver sees them, other programs included. Waits for what was submitted."""
         ...
 
-    def release(self) -> None:
-        """Give memory that nothing refers to any more back to the system."""
+    def peak(self) -> int:
+        """Bytes that were taken at most since the last call, beyond what is taken now."""
+        ...
+
+    def release(self, keep: int = 0) -> None:
+        """Give memory that nothing refers to any more back to the system, but for `keep` bytes in one piece, which work
+        to come finds here whatever other programs have taken by then."""
         ...
 
     def capture(self, work: Callable[[], tuple[torch.Tensor, ...]]) -> Graph:

@@ -25,14 +25,25 @@ class VirtualRange(Protocol):
         ...
 
     def commit(self, offset: int, nbytes: int) -> None:
-        """Memory under `nbytes` from `offset` on, all zeros when this returns. The last piece may reach beyond `tensor`,
-        up to the next granule. MemoryError, with a sentence for the user, where it is not to be had; then and after any
-        other error nothing has changed. ValueError where some of it is committed already."""
+        """Memory under `nbytes` from `offset` on, all zeros for who has called `join` after this has returned. The last
+        piece may reach beyond `tensor`, up to the next granule. MemoryError, with a sentence for the user, where it is
+        not to be had; then and after any other error nothing has changed. ValueError where some of it is committed
+        already."""
+        ...
+
+    def follow(self) -> None:
+        """As `join`, for a thread and an order of work of its own, however often: others have joined or will."""
+        ...
+
+    def join(self) -> None:
+        """What the calling thread submits to its current stream from now on comes after the zeroing of everything
+        committed so far. That holds for one stream: work in others is to begin behind work of that one. Does not wait,
+        and costs next to nothing where nothing has been committed since the last time."""
         ...
 
     def decommit(self, offset: int, nbytes: int) -> None:
-        """Give the memory of one piece back to the system. Nothing that was submitted may still touch it: this does not
-        wait. ValueError where it is not what one `commit` brought."""
+        """Give the memory of one piece back to the system. Nothing that was submitted may still touch it: this waits for
+        nothing but the zeroing. ValueError where it is not what one `commit` brought."""
         ...
 
     def close(self) -> None:

@@ -50,6 +50,12 @@ class CpuRange:
                 raise MemoryError(_not_to_be_had(nbytes, f"{free / 2**20:.0f} MiB are free"))
             self._populate(offset, nbytes)
 
+    def follow(self) -> None:
+        pass
+
+    def join(self) -> None:
+        pass  # it is all zeros when `commit` returns
+
     def decommit(self, offset: int, nbytes: int) -> None:
         with self._pieces.removing(offset, nbytes):
             self._give_back(offset, nbytes)

@@ -1,21 +1,17 @@
-"""A virtual range in a GPU's memory, by the driver's virtual memory management (CUDA Driver API, "Virtual Memory
-Management"; Python's access to it is the package cuda-bindings).
+"""A virtual range in a GPU's memory. A piece is one allocation, mapped to its place. Its handle is released as soon as it
+is mapped: the memory lives until it is unmapped, so the mapping alone is to be kept in mind."""
 
-Addresses are reserved once (cuMemAddressReserve). A piece is one allocation (cuMemCreate), mapped to its place (cuMemMap)
-and made accessible (cuMemSetAccess). Its handle is released as soon as it is mapped: the memory lives until it is
-unmapped, so the mapping alone is to be kept in mind. cuMemUnmap takes back whole mappings only.
-"""
-
-from collections.abc import Callable
+import threading
 from contextlib import suppress
-from functools import partial
-from importlib import import_module
-from typing import Any
 
 import torch
 
-from xllm.core.errors import ConfigError
+from xllm.device.cuda_driver import CudaDriver, zero_beside
 from xllm.device.virtual import Pieces, whole_granules
+
+SPARE_BYTES = (
+    512 << 20
+)  # left for graphs and work of every program on the card: they fail where KV would wait
 
 
 class CudaRange:
@@ -31,17 +27,19 @@ class CudaRange:
         RuntimeError for whatever else the driver says."""
         if nbytes <= 0:
             raise ValueError(f"a range of {nbytes} bytes")
-        driver = _driver()
-        self._call: Callable[..., Any] = partial(_call, driver)
-        self._call("cuInit", 0)
-        self._allocation, self._access = _in_memory_of(driver, device)
-        best = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED
-        self.granularity = int(self._call("cuMemGetAllocationGranularity", self._allocation, best))
+        self._driver = CudaDriver(device)
+        self.granularity = self._driver.granularity
         total = whole_granules(nbytes, self.granularity)
         self._pieces = Pieces(total, self.granularity)
-        self._addresses = _Addresses(self._call, total, self.granularity)
-        self._stream = torch.cuda.Stream(device)
-        self._all = self._tensor(device)
+        addresses = self._driver.reserve(total)
+        self._first = addresses.first
+        self._device = device
+        # -1 goes before the steps: somebody waits for the memory, and the work is one of microseconds
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._joining = threading.Lock()
+        self._zeroed: torch.cuda.Event | None = None  # behind the last zeroing
+        self._unjoined: torch.cuda.Event | None = None  # the same, until it has been joined
+        self._all = self._driver.tensor(addresses)  # holds on to the addresses, and so does every view of it
         self.tensor = self._all[:nbytes]
 
     @property
@@ -50,103 +48,44 @@ class CudaRange:
 
     def commit(self, offset: int, nbytes: int) -> None:
         with self._pieces.adding(offset, nbytes):
-            self._map(offset, nbytes)
+            free = torch.cuda.mem_get_info(self._device)[0]
+            if free < nbytes + SPARE_BYTES:
+                raise MemoryError(
+                    f"the GPU has not enough memory left: {free / 2**20:.0f} MiB are free, of which {SPARE_BYTES >> 20} stay so"
+                )
+            self._driver.map_new(self._first + offset, nbytes)
             try:
-                self._zero(offset, nbytes)
+                zeroed = zero_beside([self._all[offset : offset + nbytes]], self._stream)
             except BaseException:
+                with suppress(Exception):  # some of it may have been submitted
+                    self._stream.synchronize()
                 self._unmap(offset, nbytes)
                 raise
+            with self._joining:
+                self._zeroed = self._unjoined = (
+                    zeroed  # and with it all that was committed before, in the same stream
+                )
+
+    def join(self) -> None:
+        if self._unjoined is None:
+            return
+        with self._joining:
+            if self._unjoined is not None:
+                torch.cuda.current_stream(self._device).wait_event(self._unjoined)
+                self._unjoined = None  # no earlier: who finds nothing to join relies on that wait
+
+    def follow(self) -> None:
+        if (zeroed := self._zeroed) is not None:
+            torch.cuda.current_stream(self._device).wait_event(zeroed)
 
     def decommit(self, offset: int, nbytes: int) -> None:
         with self._pieces.removing(offset, nbytes):
+            self._stream.synchronize()  # a piece may go before it was zeroed
             self._unmap(offset, nbytes)
 
     def close(self) -> None:
         for offset, nbytes in self._pieces.close():
             self.decommit(offset, nbytes)
 
-    def _tensor(self, device: torch.device) -> torch.Tensor:
-        """uint8 over all addresses."""
-        # PyTorch may ask the driver what lies there, which for bare addresses answers that it does not know them
-        self._map(0, self.granularity)
-        try:
-            tensor = torch.as_tensor(self._addresses, device=device)
-        finally:
-            self._unmap(0, self.granularity)
-        if tensor.data_ptr() != self._addresses.first:
-            raise RuntimeError("PyTorch has copied the range instead of looking at it")
-        return tensor
-
-    def _map(self, offset: int, nbytes: int) -> None:
-        """Accessible memory with whatever is in it, or an error and nothing."""
-        address = self._addresses.first + offset
-        handle = self._call("cuMemCreate", nbytes, self._allocation, 0)
-        try:
-            self._call("cuMemMap", address, nbytes, 0, handle, 0)
-        except BaseException:
-            self._call("cuMemRelease", handle)
-            raise
-        try:
-            self._call("cuMemRelease", handle)
-            self._call("cuMemSetAccess", address, nbytes, [self._access], 1)
-        except BaseException:
-            self._unmap(offset, nbytes)
-            raise
-
     def _unmap(self, offset: int, nbytes: int) -> None:
-        self._call("cuMemUnmap", self._addresses.first + offset, nbytes)
-
-    @torch.inference_mode()
-    def _zero(self, offset: int, nbytes: int) -> None:
-        # beside the model's work, and waited for: whoever hears of the memory may use it in any order of work
-        with torch.cuda.stream(self._stream):
-            self._all[offset : offset + nbytes].zero_()
-        self._stream.synchronize()
-
-
-class _Addresses:
-    """Reserved addresses, until the last tensor over them has gone. By then nothing may be mapped there."""
-
-    def __init__(self, call: Callable[..., Any], nbytes: int, granularity: int):
-        self.first = int(call("cuMemAddressReserve", nbytes, granularity, 0, 0))
-        self._free = partial(call, "cuMemAddressFree", self.first, nbytes)
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,), "typestr": "|u1", "data": (self.first, False), "version": 3,
-        }  # fmt: skip
-
-    def __del__(self) -> None:
-        with suppress(Exception):  # not reserved at all, or the driver has gone before us
-            self._free()
-
-
-def _driver() -> Any:
-    try:
-        return import_module("cuda.bindings.driver")
-    except ImportError as e:
-        raise ConfigError(
-            "memory that comes and goes on a GPU needs the Python package cuda-bindings,"
-            f" of the same major version as PyTorch's CUDA ({e})"
-        ) from e
-
-
-def _in_memory_of(driver: Any, device: torch.device) -> tuple[Any, Any]:
-    """(CUmemAllocationProp, CUmemAccessDesc): ordinary memory of the card, read and written by the card itself."""
-    allocation = driver.CUmemAllocationProp()
-    allocation.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-    access = driver.CUmemAccessDesc()
-    access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-    for location in (allocation.location, access.location):
-        location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        location.id = device.index
-    return allocation, access
-
-
-def _call(driver: Any, name: str, *arguments: Any) -> Any:
-    """What the driver's function returns beside its error code: one value or None."""
-    code, *values = getattr(driver, name)(*arguments)
-    if code == driver.CUresult.CUDA_SUCCESS:
-        return values[0] if values else None
-    said = f"{name} answers {getattr(code, 'name', code)}"
-    if code == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-        raise MemoryError(f"the GPU has not enough memory left: {said}")
-    raise RuntimeError(f"CUDA error: {said}")
+        self._driver.unmap(self._first + offset, nbytes)

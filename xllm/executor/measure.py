@@ -30,13 +30,16 @@ def with_measured_cache(
     scheduler = config.scheduler
     tokens = min(-(-scheduler.max_num_batched_tokens // scheduler.max_num_seqs), scheduler.max_model_len)
     trial_blocks = blocks_of(tokens, config.cache.block_size)
+    device.peak()
     trial = assemble(replace(config, cache=replace(config.cache, num_blocks=trial_blocks)))
     trial.run(largest_step(config, tokens, trial_blocks))
     trial.capture_largest()
     free, total = device.memory()
     trial.close()
     del trial
-    device.release()
+    taken = device.peak()
+    # where memory comes and goes others may soon have the rest, so that what a step needs had better stay ours
+    device.release(keep=taken if config.cache.pool == "elastic" else 0)
     # what the trial held is taken again by what is assembled next, but for its few blocks of cache
     free += (trial_blocks + 1) * config.cache.block_bytes
     kept = int((1 - config.memory.utilization) * total)
