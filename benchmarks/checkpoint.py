@@ -15,6 +15,13 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": True,
 }
+LARGE: dict[str, Any] = SHAPE | {  # Qwen3-8B
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "intermediate_size": 12288,
+    "tie_word_embeddings": False,
+}
 
 
 def make(directory: Path) -> None:

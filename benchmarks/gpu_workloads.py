@@ -18,12 +18,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 from xllm import LLM, SamplingParams
 from xllm.bench.offline import describe_steps
 from xllm.bench.profile import profiled_if
 from xllm.core.output import Finish
+from xllm.core.places import PlaceStats
 from xllm.core.stats import ExecutorStats
 from xllm.wire.messages import Outputs, Submit
 
@@ -109,7 +111,7 @@ def main() -> None:
         before = llm.stats().executor
         record["results"].update(workloads.run_suite(engine, (name,), asked.repeats))
         steps = _difference(llm.stats().executor, before)
-        record["steps"][name] = {field: getattr(steps, field) for field in steps.__struct_fields__}
+        record["steps"][name] = msgspec.to_builtins(steps)
         print(f"[xllm] {name} {describe_steps(steps)}", flush=True)
         if asked.out:
             Path(asked.out).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -120,7 +122,14 @@ def main() -> None:
 
 
 def _difference(now: ExecutorStats, before: ExecutorStats) -> ExecutorStats:
-    return ExecutorStats(*(getattr(now, f) - getattr(before, f) for f in now.__struct_fields__))
+    def less(new: Any, old: Any) -> Any:
+        fields = msgspec.to_builtins(new)
+        return {key: value - getattr(old, key) for key, value in fields.items() if key != "places"}
+
+    places = None
+    if now.places is not None:
+        places = PlaceStats(places=now.places.places, **less(now.places, before.places))
+    return ExecutorStats(**less(now, before), places=places)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,13 @@ def test_sizes_become_whole_blocks_and_are_told():
     assert any("disk" in reason and "/somewhere" in reason for reason in config.reasons)
 
 
+def test_a_store_is_told_too():
+    config = decide(kv_offloading_size=1.0, kv_remote="file:///shared")
+    assert config.tiers is not None
+    assert config.tiers.remote == "file:///shared"
+    assert any("shared with other engines through file:///shared" in reason for reason in config.reasons)
+
+
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
@@ -28,6 +35,8 @@ def test_sizes_become_whole_blocks_and_are_told():
         ({"kv_disk_path": "/d"}, "belong together"),
         ({"kv_disk_size": 3.0, "kv_offloading_size": 1.0}, "belong together"),
         ({"kv_disk_path": "/d", "kv_disk_size": 3.0}, "--kv-offloading-size"),
+        ({"kv_remote": "file:///d"}, "give it some with --kv-offloading-size"),
+        ({"kv_remote": "file:///d", "kv_offloading_size": 1.0, "enable_prefix_caching": False}, "prefix"),
         ({"kv_offloading_size": 1.0, "enable_prefix_caching": False}, "--no-enable-prefix-caching"),
         ({"kv_offloading_size": 1e-9}, "must hold one at least"),
         ({"kv_offloading_size": 1.0, "kv_disk_path": "/d", "kv_disk_size": 1e-9}, "must hold one at least"),

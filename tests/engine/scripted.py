@@ -11,6 +11,7 @@ from xllm.core.stats import ExecutorStats
 from xllm.engine.admission import Admission
 from xllm.engine.core import EngineCore
 from xllm.engine.kv_events import EventStream
+from xllm.executor.contiguous import ContiguousMemory
 from xllm.executor.executor import Executor
 from xllm.executor.kv_memory import ElasticMemory
 from xllm.executor.mover import Mover
@@ -41,6 +42,7 @@ class ScriptedRunner:
         self.progress = 0
         self.mover: Mover | None = None
         self.memory: ElasticMemory | None = None
+        self.places: ContiguousMemory | None = None
         self.before = before
         self._rows: dict[int, dict[int, int]] = {}
         self.threads: set[int] = set()

@@ -8,7 +8,7 @@ import pytest
 from tests import checkpoints
 from tests.engine.test_equality import BACKENDS, BLOCK
 from xllm import LLM, SamplingParams
-from xllm.core.errors import ConfigError
+from xllm.core.errors import ConfigError, InvalidRequest
 
 LONGEST, OUTPUT = 112, 20
 BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 16 * 4
@@ -80,6 +80,26 @@ def test_sleep_gives_everything_back_and_waking_serves_again(model, prompts, tru
         segments = llm.stats().segments
         assert segments is not None
         assert segments.shrunk > 0
+
+
+@pytest.mark.parametrize("backend", ["graphs", pytest.param("cuda-graphs", marks=pytest.mark.gpu)])
+def test_a_limit_at_run_time_is_kept(model, prompts, truth, backend):
+    segment = 4096 * BLOCK_BYTES // 16 if backend == "graphs" else 2 << 20
+    with engine(model, backend) as llm:
+        assert generate(llm, prompts) == truth
+        llm.limit_kv_memory(segment)
+        assert generate(llm, prompts) == truth
+        assert llm.limit_kv_memory(segment) == segment
+        llm.limit_kv_memory(None)
+        assert generate(llm, prompts) == truth
+        with pytest.raises(InvalidRequest, match="holds no sequence"):
+            llm.limit_kv_memory(BLOCK_BYTES)
+
+
+def test_only_an_elastic_pool_has_a_limit(model):
+    llm = LLM(str(model), dtype="float32", device="cpu", kv_cache_memory_bytes=1 << 20)
+    with llm, pytest.raises(InvalidRequest, match="elastic"):
+        llm.limit_kv_memory(1 << 19)
 
 
 def test_nobody_is_preempted_while_more_memory_can_come(model, prompts, truth):

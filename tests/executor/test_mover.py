@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections import Counter
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ import torch
 from xllm.core.transfer import Load, Loaded, News, Save, Saved, Source, Written
 from xllm.device.reference import ReferenceDevice
 from xllm.device.table import DEVICES, open_device
+from xllm.executor import disk_mover
 from xllm.executor import mover as mover_module
 from xllm.executor.block_copies import runs
 from xllm.executor.disk_tier import PAGE, DiskTier
@@ -32,6 +34,7 @@ class Rig:
     """A mover with what it moves between, and all news it ever told."""
 
     def __init__(self, device, path, *, host_slots=8, disk_slots=6, disk_class=DiskTier):
+        self.before = set(threading.enumerate())
         self.device = device
         self.kv_cache = device.empty((BLOCKS, *SHAPE), torch.bfloat16)
         self.bytes_NB = self.kv_cache.view(torch.uint8).view(BLOCKS, -1)
@@ -67,9 +70,13 @@ class Rig:
     def fill(self, block, n):
         self.bytes_NB[block] = torch.from_numpy(block_of(n)).to(self.device.torch_device)
 
+    def threads(self):
+        """Of the mover."""
+        return [one for one in set(threading.enumerate()) - self.before if one.name.startswith("xllm-kv-")]
+
     def close(self):
         self.mover.close()
-        assert not any(thread.is_alive() for thread in self.mover._threads)
+        assert not self.threads()
 
 
 def block_of(n):
@@ -179,6 +186,17 @@ def test_a_cache_that_has_slept_is_served_on(tmp_path):
     rig.run(Save(2, name_of(4), block=4, host_slot=1, disk_slot=None))
     assert rig.host.array(1).tobytes() == block_of(4).tobytes()
     rig.close()
+
+
+def test_time_spent_behind_other_loads_is_theirs(rig):
+    rig.run(*(Save(n, name_of(n), block=n, host_slot=n, disk_slot=n) for n in range(4)))
+    begin = time.perf_counter()
+    orders = [Load(10 + n, [Source(name_of(n % 4), n % 4, None)], [4 + n % 8]) for n in range(200)]
+    orders += [Load(300 + n, [Source(name_of(0), 4 + n % 4, 0)], [4]) for n in range(50)]
+    news = rig.run(*orders)
+    took = time.perf_counter() - begin
+    for kind in (range(10, 210), range(300, 350)):
+        assert 0 < sum(one.seconds for one in news if one.ticket in kind) <= took
 
 
 class Model:
@@ -360,7 +378,7 @@ def test_a_slow_disk_holds_up_nobody_else(gated):
 
 
 def test_what_a_disk_cannot_take_stays_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(mover_module, "QUEUED_WRITES", 2)
+    monkeypatch.setattr(disk_mover, "QUEUED_WRITES", 2)
     rig = Rig(ReferenceDevice(), tmp_path, disk_class=Gated)
     rig.disk.writes.clear()
     rig.start(Save(0, name_of(0), block=0, host_slot=0, disk_slot=0))
@@ -411,9 +429,9 @@ class Failing(ReferenceDevice):
         return super().mark()
 
     @contextmanager
-    def beside(self, after):
+    def beside(self, after, lane=0):
         self._may_fail("beside")
-        with super().beside(after):
+        with super().beside(after, lane):
             yield
             self._may_fail("end")
 
@@ -449,10 +467,10 @@ def test_a_save_waits_for_no_later_step_than_its_own(tmp_path):
 
     class Watched(ReferenceDevice):
         @contextmanager
-        def beside(self, after):
+        def beside(self, after, lane=0):
             marks.append(after)
             assert gate.wait(LONG)
-            with super().beside(after):
+            with super().beside(after, lane):
                 yield
 
     rig = Rig(Watched(), tmp_path)
@@ -525,7 +543,7 @@ def test_closing_leaves_the_rest_to_nobody(gated):
     written = {one.ticket: one.disk for one in news if isinstance(one, Written)}
     assert written == {0: True, 1: True, 2: False, 3: False, 4: False}, "what was under way, and no more"
     assert sum(isinstance(one, Saved) and one.host for one in news) == 5
-    assert not any(thread.is_alive() for thread in gated.mover._threads)
+    assert not gated.threads()
     again = DiskTier(gated.disk.path, 6, BYTES, b"test")
     assert again.recover() == [(1, name_of(1))], "what was void is void"
     again.close()

@@ -182,6 +182,20 @@ def test_all_of_the_first_ones_or_none(mapper, memory, monkeypatch):
     assert memory.committed == 0
 
 
+def test_a_step_is_submitted_behind_the_zeroing_of_what_has_grown(mapper, memory, monkeypatch):
+    nothing: Any = SimpleNamespace(spare_slot=8, max_model_len=64, tokens=None, logits=None)
+    runner = Runner(nothing, nothing, nothing, nothing, ReferenceDevice())
+    runner.memory = ElasticMemory(memory, mapper, 4)
+    monkeypatch.setattr(runner, "_admit", lambda plan: memory.done.append("step"))
+    monkeypatch.setattr(runner, "_replay_decode", lambda plan: lambda seconds: seconds)
+    mapper.start([Grow(0)])
+    hear(mapper, 1)
+    plan: Any = None
+    runner.launch(plan)
+    runner.launch(plan)
+    assert memory.done == [("commit", 0, GRANULE), "join", "step", "join", "step"]
+
+
 def test_closing_leaves_the_rest_with_news(mapper, memory):
     mapper.map_now([2])
     memory.gate.clear()

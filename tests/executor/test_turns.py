@@ -61,7 +61,7 @@ def test_a_load_waits_for_the_save_of_what_it_loads():
     turns = Turns()
     save = Save(1, bytes(16), block=5, host_slot=3, disk_slot=8)
     copy, write = CopyDown(save, NoMark()), Write(save, 8)
-    load = LoadUp(Load(2, [Source(bytes(16), 3, None), Source(bytes(16), 4, 9)], [6, 7]), NoMark(), 0.0)
+    load = LoadUp(Load(2, [Source(bytes(16), 3, None), Source(bytes(16), 4, 9)], [6, 7]), 0.0)
     assert load.unread == 1
     assert [turns.enter(task) for task in (copy, write, load)] == [True, False, False]
     assert turns.leave(copy) == [write, load], "both may read what was saved"

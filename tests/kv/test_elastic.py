@@ -71,6 +71,16 @@ class TestGrowing:
         rig.taken(7)
         assert rig.elastic.orders(0.3) == [Grow(2), Grow(3)]
 
+    def test_while_requests_live_the_reserve_is_larger(self):
+        rig = Rig()
+        rig.elastic = Elastic(rig.pool, 4, 4, idle_s=10.0, reserve_in_use=12)
+        assert rig.elastic.orders(0.0) == []
+        rig.elastic.in_use = True
+        assert rig.run(0.1) == [Grow(1), Grow(2)]
+        rig.elastic.in_use = False
+        assert rig.until_idle(60.0) < 160
+        assert rig.pool.num_mapped == 8, "twice the reserve"
+
     def test_reusable_blocks_count_as_available(self):
         rig = Rig()
         blocks = rig.taken(4)
@@ -185,9 +195,29 @@ class TestIdleSegments:
         assert rig.run(10.0) == [Shrink(4)]
         assert rig.run(10.0) == [Shrink(3)]
         assert rig.run(10.0) == [Shrink(2)]
-        assert rig.run(14.9) == []
+        assert rig.run(14.7) == []
         assert rig.run(15.0) == [Shrink(1)]
         assert rig.run(50.0) == []  # the last stays
+
+    def test_not_all_are_looked_at_in_one_step(self, monkeypatch):
+        rig = Rig(blocks=2000, mapped=2000, reserve=0)
+        looks: list[int] = []
+        last_used = rig.pool.last_used
+
+        def look(first: int, count: int) -> float | None:
+            looks.append(first)
+            return last_used(first, count)
+
+        monkeypatch.setattr(rig.pool, "last_used", look)
+        blocks = rig.taken(2000)
+        rig.run(0.0)
+        for _ in range(20):
+            looks.clear()
+            rig.run(20.0)
+            assert len(looks) <= 64
+        rig.pool.release(blocks)
+        rig.until_idle(60.0)
+        assert rig.pool.num_mapped == 4
 
     def test_held_ones_stay_and_others_below_them_go(self):
         rig = Rig(mapped=16, reserve=0)

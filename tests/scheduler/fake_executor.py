@@ -9,9 +9,13 @@ request must output is known without any scheduler: see `alone`.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from xllm.core.plan import NewSequence, StepPlan, StepResult, TokenLogprobs
 from xllm.core.request import Request
+
+if TYPE_CHECKING:
+    from tests.scheduler.fake_places import FakePlaces
 
 VOCAB = 11
 
@@ -77,6 +81,7 @@ class FakeExecutor:
         self.rows: dict[int, Row] = {}
         self.salts: dict[str, str] = {}  # by request id; a real model sees other media instead
         self.memory: dict[tuple[int, int], int] = {}  # (block, offset) -> fingerprint
+        self.places: FakePlaces | None = None  # where blocks are seen elsewhere than where they are
         self.failing: dict[str, str] = {}  # request id -> the error its next step ends with
 
     def submit(self, plan: StepPlan) -> None:
@@ -90,9 +95,24 @@ class FakeExecutor:
             for position in range(start, start + count)
         }
 
+    def touches(self) -> set[int]:
+        """By steps that have not run: all that they write or read."""
+        tables = {slot: list(row.blocks) for slot, row in self.rows.items()}
+        touched: set[int] = set()
+        for plan in self.queue:
+            for new in plan.new:
+                tables[new.slot] = list(new.blocks)
+            for slot, blocks in plan.appended:
+                tables[slot] += blocks
+            for slot, start, count in zip(plan.slots, plan.starts, plan.counts, strict=True):
+                touched.update(tables[slot][: -(-(start + count) // self.block_size)])
+        return touched
+
     def result(self) -> StepResult:
         plan = self.queue.popleft()
         self.steps_run += 1
+        if self.places is not None:
+            self.places.carry_out(plan.mapped)
         for new in plan.new:
             self.rows[new.slot] = self._row(new)
         for slot, blocks in plan.appended:
@@ -134,16 +154,19 @@ class FakeExecutor:
         assert start + count <= len(row.tokens), "a step computes only tokens that exist by then"
         fingerprints = history(self.salts[row.request_id], row.tokens[: start + count])
         for position in range(start, start + count):
-            block = row.blocks[position // self.block_size]
+            block = self._page(row.blocks[position // self.block_size])
             self.memory[block, position % self.block_size] = fingerprints[position]
 
     def _check(self, row: Row, end: int) -> None:
         for position, fingerprint in enumerate(history(self.salts[row.request_id], row.tokens[:end])):
-            block = row.blocks[position // self.block_size]
+            block = self._page(row.blocks[position // self.block_size])
             found = self.memory.get((block, position % self.block_size))
             assert found == fingerprint, (
                 f"{row.request_id}: block {block} holds another history at {position}"
             )
+
+    def _page(self, block: int) -> int:
+        return block if self.places is None else self.places.page(block)
 
     def _sample(self, row: Row, end: int) -> list[int]:
         assert end == len(row.tokens), "sampling continues the row"

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.scheduler.fake_executor import FakeExecutor, alone
 from tests.scheduler.fake_mover import FakeMover
+from tests.scheduler.fake_places import FakePlaces
 from xllm.config.decided import SchedulerConfig
 from xllm.core.output import Finish, SequenceOutput
 from xllm.core.plan import StepPlan
@@ -16,9 +17,11 @@ from xllm.kv import hashing
 from xllm.kv.elastic import Elastic
 from xllm.kv.events import DEVICE, DISK, HOST, Cleared, Event, EventLog, Removed, Stored
 from xllm.kv.pool import BlockPool
+from xllm.kv.ranges import Ranges
 from xllm.kv.tiers.cost import Cost
 from xllm.kv.tiers.offload import Offload
 from xllm.kv.tiers.slots import SlotIndex
+from xllm.kv.tiers.store import StoreView
 from xllm.scheduler.scheduler import Scheduler
 
 DEFAULTS: dict[str, Any] = {
@@ -91,22 +94,30 @@ class Rig:
         recorded: bool = False,
         host_slots: int = 0,
         disk_slots: int = 0,
+        stored: bool = False,
         blocks_per_segment: int = 0,
+        spare_ranges: int = 0,
+        most_mapped: int | None = None,
+        hits_a_step: int = 32,
         **changes: Any,
     ):
         self.config = config(**changes)
         self.mirror = Mirror(block_size) if recorded else None
         log = self.mirror.log if self.mirror is not None else None
         self.pool = BlockPool(
-            num_blocks, block_size, prefix_caching, log, mapped=min(blocks_per_segment, num_blocks) or None
-        )
+            num_blocks, block_size, prefix_caching, log, mapped=min(blocks_per_segment, num_blocks) or None,
+            claimable=spare_ranges > 0,
+        )  # fmt: skip
         self.elastic = Elastic(self.pool, blocks_per_segment, 2, idle_s=1.0) if blocks_per_segment else None
         self.blocks_per_segment = blocks_per_segment
         self.segments: list[SegmentOrder] = []
         self.refused: Callable[[], bool] = lambda: False  # whether the next order to grow is
-        self.offload = self._offload(host_slots, disk_slots) if host_slots else None
-        self.scheduler = Scheduler(self.config, self.pool, self.offload, self.elastic)
+        self.offload = self._offload(host_slots, disk_slots, stored) if host_slots else None
+        self.ranges = self._ranges(spare_ranges, most_mapped, hits_a_step) if spare_ranges else None
+        self.scheduler = Scheduler(self.config, self.pool, self.offload, self.elastic, self.ranges)
         self.executor = FakeExecutor(block_size, burst)
+        if spare_ranges:
+            self.executor.places = FakePlaces(first=num_blocks + 1)
         self.mover = FakeMover(self.executor)
         self.now = 0.0
         self.step_s = step_s
@@ -115,10 +126,18 @@ class Rig:
         self.outputs: dict[str, list[SequenceOutput]] = defaultdict(list)
         self.plans: list[StepPlan] = []
 
-    def _offload(self, host_slots: int, disk_slots: int) -> Offload:
+    def _offload(self, host_slots: int, disk_slots: int, stored: bool) -> Offload:
         log = None if self.mirror is None else self.mirror.log
         disk = SlotIndex(disk_slots, DISK, log) if disk_slots else None
-        return Offload(SlotIndex(host_slots, HOST, log), disk, Cost())
+        return Offload(SlotIndex(host_slots, HOST, log), disk, Cost(), StoreView() if stored else None)
+
+    def _ranges(self, spare: int, most_mapped: int | None, hits_a_step: int) -> Ranges:
+        longest = -(-self.config.max_model_len // self.pool.block_size)
+        several = self.config.max_num_seqs * (1 + self.config.depth) + spare
+        return Ranges(
+            self.pool, several, longest, self.pool.num_blocks + 1, most_mapped=most_mapped, ahead=self.pool.block_size // 2,
+            hits_a_step=hits_a_step,
+        )  # fmt: skip
 
     # moves
 
@@ -135,6 +154,7 @@ class Rig:
         self.scheduler.take(self.mover.news())
         plan = self.scheduler.plan(self.now)
         self.resize(carry_out=False)
+        self.map()
         if plan is not None:
             self.check_plan(plan)
             self.executor.submit(plan)
@@ -142,6 +162,10 @@ class Rig:
         self.order()
         self.check()
         return plan
+
+    def map(self) -> None:
+        if self.ranges is not None and self.executor.places is not None:
+            self.executor.places.start(self.ranges.orders(), self.executor.touches())
 
     def order(self) -> None:
         """Hand over what is to be moved."""
@@ -201,19 +225,21 @@ class Rig:
         if self.elastic is not None and plan is None and self.scheduler.has_work:
             self.now += 0.5  # memory may come later
             return []
-        assert plan is not None or not self.scheduler.has_work or self.mover.told, (
+        moves = self.mover.told or self.mover.can_work
+        assert plan is not None or not self.scheduler.has_work or moves, (
             "requests live, but nothing runs or can be planned"
         )
         return []
 
-    def drain(self, turns: int = 5000) -> "Rig":
+    def drain(self, turns: int = 20_000) -> "Rig":
         while self.scheduler.has_work:
             turns -= 1
             assert turns > 0, "requests starve"
             self.turn()
         while self.scheduler.lower.busy:
             self.order()
-            assert self.mover.can_work or self.mover.told, "orders without news"
+            busy = self.scheduler.lower.busy  # where nothing is to be sent any more it is not
+            assert self.mover.can_work or self.mover.told or not busy, "orders without news"
             self.move()
             self.scheduler.take(self.mover.news())
         self.scheduler.audit()
@@ -298,7 +324,9 @@ class Rig:
                 tables[new.slot] = list(new.blocks)
             for slot, blocks in plan.appended:
                 tables[slot] += blocks
-            for block in self.executor.writes(plan, tables):
+            for place in self.executor.writes(plan, tables):
+                places = self.executor.places
+                block = place if places is None else places.page_ordered(place)
                 assert not self.pool.is_available(block), (
                     "a step in flight writes a block that may be handed out"
                 )

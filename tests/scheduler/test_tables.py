@@ -90,12 +90,14 @@ def test_output_is_published_as_it_becomes_known(tables):
 
 
 def test_growing_stops_where_the_pool_ends(tables):
-    one = admitted(tables, "a", [1] * 4, max_total=64)
-    fresh = tables.grow(one, 15)
+    one = admitted(tables, "a", [1] * 4, max_total=68)
+    fresh = tables.grow(one, 64)
     assert fresh is not None
+    assert len(fresh) == 15
     assert one.blocks[1:] == fresh
-    assert tables.grow(one, 1) is None
-    assert tables.promised == 0
+    assert tables.grow(one, 64) == []
+    assert tables.grow(one, 65) is None
+    assert tables.promised == 1
     tables.audit([one])
 
 

@@ -5,7 +5,8 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pag
 
 from tests.server.live import until
 from xllm.core.output import CompletionOutput, RequestMetrics, RequestOutput
-from xllm.core.stats import EventStats, SchedulerStats
+from xllm.core.places import PlaceStats
+from xllm.core.stats import EventStats, ExecutorStats, SchedulerStats
 from xllm.core.transfer import TierStats
 from xllm.server.metrics import DEFINITIONS, PREFIXES, Metrics
 from xllm.server.stats_log import line, worked
@@ -70,6 +71,23 @@ def test_every_tier_of_kv_has_its_own_figures():
     page = metrics.text(stats(2, 5)).decode()  # another engine, whose totals began anew
     assert value(page, "xllm:kv_tier_hits_total", tier="cpu") == 9
     assert "vllm:kv_tier" not in page
+
+
+def test_places_of_a_contiguous_pool_are_told():
+    def stats(mapped, waited):
+        places = PlaceStats(7, mapped, 1, 0, waited, 1, 0.25, 0.5)
+        return SchedulerStats(0, 0, 0, 0.0, 0, 0, 0, 0, 0, 0, 0, executor=ExecutorStats(places=places))
+
+    metrics = Metrics(
+        "m", {"block_size": "16", "num_gpu_blocks": "4", "enable_prefix_caching": "True", "cache_dtype": "f"}
+    )
+    metrics.text(stats(4, 1))
+    page = metrics.text(stats(9, 3)).decode()
+    assert value(page, "xllm:kv_places_shown") == 7
+    assert value(page, "xllm:kv_places_mapped_total") == 9
+    assert value(page, "xllm:kv_places_waits_total") == 3
+    assert value(page, "xllm:kv_places_decode_waits_total") == 1
+    assert value(page, "xllm:kv_places_mapping_seconds_total") == 0.5
 
 
 def test_a_served_request_is_counted_once(http, live):

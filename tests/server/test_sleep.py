@@ -41,6 +41,27 @@ def test_it_does_not_fall_asleep_over_a_request(sleepy):
         assert running.result().status_code == 200
 
 
+def test_it_waits_for_what_runs_where_asked(sleepy):
+    sleepy.fake.held = True
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(sleepy.http.post, "/v1/completions", json=BODY)
+        until(lambda: sleepy.fake.active == 1, "the request to arrive")
+        assert sleepy.http.post("/sleep?wait=0.05").status_code == 503
+        assert sleepy.http.get("/is_sleeping").json() == {"is_sleeping": False}
+        asleep = pool.submit(sleepy.http.post, "/sleep?wait=30")
+        until(lambda: sleepy.http.get("/is_sleeping").json()["is_sleeping"], "the door to close")
+        assert sleepy.http.post("/v1/completions", json=BODY).status_code == 503
+        sleepy.fake.release()
+        assert running.result().status_code == 200
+        assert asleep.result().json() == {"is_sleeping": True}
+    sleepy.http.post("/wake_up")
+
+
+@pytest.mark.parametrize("wait", ["-1", "nan", "long", "1e9"])
+def test_other_waits_are_refused(sleepy, wait):
+    assert sleepy.http.post(f"/sleep?wait={wait}").status_code == 400
+
+
 @pytest.mark.parametrize("level", ["0", "2", "deep"])
 def test_other_levels_are_refused(sleepy, level):
     refused = sleepy.http.post(f"/sleep?level={level}")

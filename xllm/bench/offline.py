@@ -119,10 +119,16 @@ def measure_latency(llm: Engine, options: LatencyOptions, vocab_size: int, seed:
 def describe_steps(stats: ExecutorStats) -> str:
     """What the engine's steps were and how long the device waited between them, since its start."""
     each = 1e3 / max(stats.steps, 1)
-    return (
+    told = (
         f"Steps: {stats.steps}, {stats.graph_steps} of them as graphs; on the device {stats.device_s * each:.3f} ms each, "
         f"between two of them {stats.bubble_s * each:.3f} ms"
     )
+    if (places := stats.places) is not None:
+        told += (
+            f"; {places.mapped} KV pages mapped in {1e3 * places.seconds:.1f} ms beside them, {places.waited} steps waited for one, "
+            f"{1e3 * places.waited_s:.1f} ms in all, {places.waited_decoding} of them with nobody new"
+        )
+    return told
 
 
 def _prompt(ask: Ask) -> dict[str, Any]:

@@ -24,7 +24,15 @@ class CacheConfig:
     prefix_caching: bool
     block_bytes: int  # of one block over all layers
     kv_dtype: str  # "bfloat16" | "float32" | "float8_e4m3fn"
-    pool: str = "paged"  # "elastic": its memory comes and goes with its use, in segments
+    pool: str = (
+        "paged"  # "elastic": its memory comes and goes; "contiguous": sequences have addresses of their own
+    )
+    page_bytes: int = 0  # of a contiguous pool: what a block takes, whole pages of memory
+
+    @property
+    def bytes_each(self) -> int:
+        """What a block takes of memory."""
+        return self.page_bytes or self.block_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,7 @@ class TierConfig:
     host_blocks: int  # in the host's memory, at least one
     disk_blocks: int  # 0: no disk tier
     disk_path: str | None  # directory
+    remote: str | None = None  # address of a store that other engines use as well
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ class Preferences:
     # of --gpu-memory-utilization that the engine takes: less where others live in this memory
     memory_share: float
     graphs: bool = False  # a decode step can be captured and replayed as a whole
+    page_bytes: int = 4096  # memory is mapped in multiples of it
     measured: bool = False  # the KV cache is sized in the engine, by what a full step was seen to need
 
 

@@ -17,7 +17,7 @@ def fit_cache(config: EngineConfig, budget_bytes: int, why: str) -> EngineConfig
     cache, scheduler, memory = config.cache, config.scheduler, config.memory
     wanted, size = scheduler.max_model_len, cache.block_size
     useful = scheduler.max_num_seqs * blocks_of(wanted, size)
-    num_blocks = budget_bytes // cache.block_bytes
+    num_blocks = budget_bytes // cache.bytes_each
     if memory.kv_bytes is None and useful <= num_blocks:
         num_blocks = useful
         why = (
@@ -33,7 +33,7 @@ def fit_cache(config: EngineConfig, budget_bytes: int, why: str) -> EngineConfig
             )
         reasons.append(f"max model length {holds} instead of the model's {wanted}: all the KV cache can hold")
     reasons.append(
-        f"KV cache {gib(num_blocks * cache.block_bytes)} = {holds} tokens in {num_blocks} blocks of {size}: {why}"
+        f"KV cache {gib(num_blocks * cache.bytes_each)} = {holds} tokens in {num_blocks} blocks of {size}: {why}"
     )
     return replace(
         config,

@@ -80,8 +80,9 @@ class EngineOptions:
     )
     kv_pool: str = knob(
         "paged",
-        "paged: memory for the KV cache is taken at start; elastic: as blocks come into use, and given back when idle",
-        choices=("paged", "elastic"),
+        "paged: memory for the KV cache is taken at start; elastic: as blocks come into use, and given back when idle; "
+        "contiguous: taken at start, and every sequence sees its blocks at neighbouring addresses",
+        choices=("paged", "elastic", "contiguous"),
     )
     kv_cache_dtype: str = knob("auto", "numbers of the KV cache; auto: as --dtype", choices=("auto", "fp8"))
     enable_sleep_mode: bool = knob(
@@ -99,6 +100,12 @@ class EngineOptions:
         metavar="DIR",
     )
     kv_disk_size: float = knob(0.0, "GiB of it", metavar="GIB")
+    kv_remote: str | None = knob(
+        None,
+        "store that engines of one model share KV blocks through, as file:///DIR or mooncake://HOST:PORT; with "
+        "--kv-offloading-size",
+        metavar="URL",
+    )
     kv_events_config: str | None = knob(
         None,
         'tell routers what is cached, over ZMQ: {"enable_kv_cache_events": true} with endpoint, replay_endpoint, topic, '

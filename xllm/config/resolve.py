@@ -18,6 +18,9 @@ from xllm.config.options import EngineOptions
 from xllm.config.tiers import decide_tiers
 from xllm.core.errors import ConfigError
 
+BLOCK_SIZES = (8, 16, 32, 64, 128)
+LARGER_BLOCKS = (*BLOCK_SIZES, 256, 512)  # where blocks had better be whole pages of memory
+
 
 @dataclass
 class _Draft:
@@ -35,9 +38,6 @@ def resolve(asked: EngineOptions, model: ModelConfig, facts: ModelFacts, device:
             "--trust-remote-code is refused: xLLM implements architectures itself and runs no code out of a checkpoint"
         )
     suits = device.preferences
-    block_size = asked.block_size or suits.block_size
-    if block_size not in (8, 16, 32, 64, 128):
-        raise ConfigError(f"--block-size must be 8, 16, 32, 64 or 128, not {block_size}")
     _positive(asked)
     if asked.enable_sleep_mode and not suits.graphs:
         raise ConfigError(
@@ -55,6 +55,7 @@ def resolve(asked: EngineOptions, model: ModelConfig, facts: ModelFacts, device:
             "--admission no_eviction promises memory to whoever runs, which --kv-pool elastic may have given to somebody else"
         )
     kv_dtype = _kv_dtype(asked, executor.dtype, device, draft)
+    block_size = _block_size(asked, facts.kv_bytes_per_token[kv_dtype], device)
     cache = CacheConfig(
         block_size=block_size,
         num_blocks=0,
@@ -62,6 +63,7 @@ def resolve(asked: EngineOptions, model: ModelConfig, facts: ModelFacts, device:
         block_bytes=facts.kv_bytes_per_token[kv_dtype] * block_size,
         kv_dtype=kv_dtype,
         pool=asked.kv_pool,
+        page_bytes=_page_bytes(asked, facts.kv_bytes_per_token[kv_dtype] * block_size, device, draft),
     )
     memory = MemoryConfig(
         kv_bytes=asked.kv_cache_memory_bytes,
@@ -78,6 +80,37 @@ def resolve(asked: EngineOptions, model: ModelConfig, facts: ModelFacts, device:
     )  # fmt: skip
     weights = facts.weight_bytes[kept_in(executor.dtype, executor.quantization)]
     return _with_cache(config, weights, device, draft)
+
+
+def _block_size(asked: EngineOptions, bytes_per_token: int, device: DeviceFacts) -> int:
+    """Tokens. Where blocks are mapped one by one they had better be whole pages of memory."""
+    suits = device.preferences
+    if asked.block_size is None:
+        whole = (
+            each
+            for each in LARGER_BLOCKS
+            if each >= suits.block_size and each * bytes_per_token % suits.page_bytes == 0
+        )
+        return next(whole, suits.block_size) if asked.kv_pool == "contiguous" else suits.block_size
+    if asked.block_size not in BLOCK_SIZES:
+        *others, last = BLOCK_SIZES
+        raise ConfigError(
+            f"--block-size must be {', '.join(map(str, others))} or {last}, not {asked.block_size}"
+        )
+    return asked.block_size
+
+
+def _page_bytes(asked: EngineOptions, block_bytes: int, device: DeviceFacts, draft: _Draft) -> int:
+    if asked.kv_pool != "contiguous":
+        return 0
+    page = device.preferences.page_bytes
+    page_bytes = -(-block_bytes // page) * page
+    wasted = 1 - block_bytes / page_bytes
+    if wasted > 0:
+        draft.say(
+            f"a block of {gib(block_bytes)} takes {gib(page_bytes)}, whole pages of memory: {wasted:.0%} of the KV cache is lost"
+        )
+    return page_bytes
 
 
 def _with_cache(config: EngineConfig, weights: int, device: DeviceFacts, draft: _Draft) -> EngineConfig:

@@ -17,7 +17,12 @@ def decide_tiers(asked: EngineOptions, cache: CacheConfig) -> tuple[TierConfig |
         raise ConfigError(
             "--kv-disk-path and --kv-disk-size belong together: where the blocks go, and how many GiB"
         )
+    remote = asked.kv_remote
     if not host_gib:
+        if remote is not None:
+            raise ConfigError(
+                "--kv-remote: blocks reach the store through the host's memory; give it some with --kv-offloading-size"
+            )
         if path is not None:
             raise ConfigError(
                 "--kv-disk-path: blocks reach the disk through the host's memory; give it some with --kv-offloading-size"
@@ -34,4 +39,6 @@ def decide_tiers(asked: EngineOptions, cache: CacheConfig) -> tuple[TierConfig |
     why = f"KV blocks are kept in {host * tokens} tokens of host memory ({gib(host * cache.block_bytes)})"
     if path is not None:
         why += f" and {disk * tokens} tokens on disk ({gib(disk * cache.block_bytes)} in {path})"
-    return TierConfig(host_blocks=host, disk_blocks=disk, disk_path=path), why
+    if remote is not None:
+        why += f", shared with other engines through {remote}"
+    return TierConfig(host_blocks=host, disk_blocks=disk, disk_path=path, remote=remote), why

@@ -22,7 +22,9 @@ class NewSequence(msgspec.Struct, frozen=True):
     params: SamplingParams
     seed: int  # resolved; 64 bits unsigned
     stop_ids: Sequence[int]  # end-of-sequence and stop ids, barred until min_tokens are out
-    blocks: Sequence[int]  # block table so far, this step's blocks included
+    blocks: Sequence[
+        int
+    ]  # block table so far, this step's blocks included; of a contiguous pool, their places
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -40,6 +42,9 @@ class StepPlan(msgspec.Struct, frozen=True):
     counts: Sequence[int]
     samples: Sequence[bool]
     appended: Sequence[tuple[int, Sequence[int]]]  # (slot, block ids added to its table) for known sequences
+    mapped: int = (
+        0  # so many orders to map pages (`xllm.core.places`) must have been carried out before it runs
+    )
 
     @property
     def num_tokens(self) -> int:

@@ -38,6 +38,8 @@ class Request:
     num_computed: int = 0  # tokens whose KV is written, or will be by a step already submitted
     num_in_flight: int = 0  # sampled tokens the device has or will have but the host does not know yet
     slot: int = -1
+    range: int = -1  # of places, where the pool is contiguous
+    stood_aside: bool = False  # one step long, for a prefix that another sequence computed in that step
     blocks: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks of known tokens
     num_published: int = 0  # of blocks, how many the prefix index knows under their hash

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from xllm.core.places import PlaceStats
 from xllm.core.segments import SegmentStats
 from xllm.core.transfer import TierStats
 
@@ -14,6 +15,7 @@ class ExecutorStats(msgspec.Struct, frozen=True):
     graph_failures: int = 0  # captures that failed; those steps run kernel by kernel
     device_s: float = 0.0  # seconds the device spent on steps
     bubble_s: float = 0.0  # seconds it waited for a step that was submitted while the one before it ran
+    places: PlaceStats | None = None  # of a contiguous KV pool
 
 
 class EventStats(msgspec.Struct, frozen=True):

@@ -55,6 +55,7 @@ def cuda_facts() -> DeviceFacts:
             max_num_seqs=1024 if large else 256,
             token_budget=8192 if large else 2048,
             memory_share=1.0,
+            page_bytes=2 << 20,  # what the driver maps at once
             graphs=True,
             measured=True,
         ),

@@ -23,11 +23,12 @@ from xllm.engine.gate import Gate
 from xllm.engine.health import Health, HealthMonitor
 from xllm.engine.outputs import OutputProcessor
 from xllm.engine.prompts import Prompt, PromptReader
-from xllm.engine.validate import Validator
+from xllm.engine.validate import Validator, kv_limit
 from xllm.text.tokenizer import Tokenizer
 from xllm.wire.messages import (
     Abort,
     Heartbeat,
+    LimitKv,
     Loading,
     Message,
     Outputs,
@@ -190,12 +191,14 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> bool:
         return bool(await self._ask(lambda id: ResetPrefixCache(call_id=id)))
 
-    async def sleep(self) -> None:
-        """Give a card's memory back; requests are turned away until `wake_up`. Raises Unavailable while any runs."""
+    async def sleep(self, wait_s: float = 0.0) -> None:
+        """Give a card's memory back; requests are turned away until `wake_up`. What runs may go on for so many seconds.
+        Raises Unavailable where some still does then: nothing has changed, but for who was turned away meanwhile."""
         if self._gate.closed_because is not None:  # asleep already, or ending
             return
         self._gate.closed_because = ASLEEP
         try:
+            await self.drain(wait_s)
             await self._ask(lambda id: Sleep(call_id=id))
         except BaseException:
             if self._gate.closed_because == ASLEEP:
@@ -207,6 +210,12 @@ class AsyncLLM:
         await self._ask(lambda id: WakeUp(call_id=id))
         if self._gate.closed_because == ASLEEP:
             self._gate.closed_because = None
+
+    async def limit_kv_memory(self, nbytes: int | None) -> int:
+        """As `LLM.limit_kv_memory`."""
+        blocks = kv_limit(nbytes, self.config)
+        taken = await self._ask(lambda id: LimitKv(call_id=id, blocks=blocks))
+        return int(taken) * self.config.cache.block_bytes
 
     async def start_profile(self) -> None:
         """Record what the device does until `stop_profile`. Raises Unavailable while that is being done already."""

@@ -15,12 +15,15 @@ from xllm.engine.admission import Admission
 from xllm.engine.core import EngineCore
 from xllm.engine.kv_events import EventStream
 from xllm.executor.executor import Executor
+from xllm.executor.stores.table import check_url
 from xllm.kv.elastic import Elastic
 from xllm.kv.events import DISK, HOST, EventLog
 from xllm.kv.pool import BlockPool
+from xllm.kv.ranges import Ranges
 from xllm.kv.tiers.cost import Cost
 from xllm.kv.tiers.offload import Offload
 from xllm.kv.tiers.slots import SlotIndex
+from xllm.kv.tiers.store import StoreView
 from xllm.models.checkpoint import read_model_config
 from xllm.models.quantisation import read_packing
 from xllm.models.sizing import ITEM_BYTES, KV_ITEM_BYTES, kv_bytes_per_token, weight_bytes
@@ -29,6 +32,7 @@ from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.channel import Channel
 from xllm.wire.messages import Loading
 
+AHEAD = 32  # tokens before a sequence fills its block, a page for the next is mapped
 RESERVE_SEGMENTS = 2  # of an elastic pool, mapped ahead of demand
 
 
@@ -37,6 +41,8 @@ def decide(options: EngineOptions) -> EngineConfig:
     directory = locate(options.model, options.revision)
     overrides = _overrides(options.hf_overrides)
     model = read_model_config(directory, overrides, options.load_format)
+    if options.kv_remote is not None:
+        check_url(options.kv_remote)
     return resolve(options, model, model_facts(model, options.quantization), measure(options.device))
 
 
@@ -119,9 +125,26 @@ def _build(
     cache, scheduler_config = config.cache, config.scheduler
     log = None if events is None else events.log
     each = executor.blocks_per_segment
-    pool = BlockPool(cache.num_blocks, cache.block_size, cache.prefix_caching, log, mapped=each or None)
-    elastic = Elastic(pool, each, RESERVE_SEGMENTS * each) if each else None
-    scheduler = Scheduler(scheduler_config, pool, _offload(config.tiers, log, executor), elastic)
+    places = executor.places
+    pool = BlockPool(
+        cache.num_blocks,
+        cache.block_size,
+        cache.prefix_caching,
+        log,
+        mapped=each or None,
+        claimable=places is not None,
+    )
+    per_step = scheduler_config.max_num_batched_tokens // cache.block_size
+    elastic = (
+        Elastic(pool, each, RESERVE_SEGMENTS * each, reserve_in_use=(1 + scheduler_config.depth) * per_step)
+        if each
+        else None
+    )
+    ranges = None if places is None else Ranges(
+        pool, places.num_ranges, places.per_range, places.first_place, most_mapped=places.most_mapped,
+        ahead=min(AHEAD, cache.block_size // 2),
+    )  # fmt: skip
+    scheduler = Scheduler(scheduler_config, pool, _offload(config.tiers, log, executor), elastic, ranges)
     admission = Admission(
         scheduler, eos_ids=frozenset(config.model.eos_ids), max_model_len=scheduler_config.max_model_len,
         seed=config.executor.seed,
@@ -136,7 +159,8 @@ def _offload(tiers: TierConfig | None, log: EventLog | None, executor: Executor)
         return None
     host = SlotIndex(tiers.host_blocks, HOST, log)
     disk = SlotIndex(tiers.disk_blocks, DISK, log) if tiers.disk_blocks else None
-    offload = Offload(host, disk, Cost())
+    store = None if tiers.remote is None else StoreView()  # no events: who wants to know asks the store
+    offload = Offload(host, disk, Cost(), store)
     if disk is not None:
         offload.recover(executor.recovered())
     return offload

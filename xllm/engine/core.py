@@ -19,6 +19,7 @@ from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.channel import Channel
 from xllm.wire.messages import (
     Abort,
+    LimitKv,
     Message,
     Outputs,
     Reply,
@@ -62,6 +63,7 @@ class EngineCore:
         self.inflight: deque[tuple[StepPlan, Outcome[StepResult]]] = deque()
         self.stopping = False
         self.asleep = False  # the device's memory was given back
+        self._kv_limit: int | None = None  # blocks of an elastic pool
         self.last_stats: SchedulerStats | None = None  # as of the last turn; other threads read it
         self._admission = admission
         self._events = events  # of the scheduler's pool; None where nobody wants them
@@ -86,7 +88,9 @@ class EngineCore:
     def step(self) -> list[SequenceOutput]:
         self.scheduler.take(self.executor.news())
         self._resize()
-        if plan := self.scheduler.plan(self.clock()):
+        plan = self.scheduler.plan(self.clock())
+        self._map()
+        if plan:
             self.inflight.append((plan, self.executor.submit(plan)))
         self._move()
         self._resize()  # planning may have asked for memory
@@ -125,8 +129,16 @@ class EngineCore:
         if elastic is None or self.asleep:
             return
         elastic.take(self.executor.resized())
+        elastic.in_use = self.scheduler.has_work
         if orders := elastic.orders(self.clock()):
             self.executor.resize(orders)
+
+    def _map(self) -> None:
+        """What requests see where, before the step that needs it is submitted."""
+        if self.scheduler.ranges is None or self.asleep:
+            return
+        if orders := self.scheduler.ranges.orders():
+            self.executor.map(orders)
 
     def _move(self) -> None:
         """What the plans so far have given to lower tiers, or want from there."""
@@ -167,6 +179,8 @@ class EngineCore:
                 self.inbox.send(Reply(call_id=call_id, refused=self._sleep()))
             case WakeUp(call_id=call_id):
                 self.inbox.send(Reply(call_id=call_id, refused=self._wake_up()))
+            case LimitKv(call_id=call_id, blocks=blocks):
+                self.inbox.send(Reply(call_id=call_id, value=self._limit(blocks)))
             case StartTrace(call_id=call_id):
                 self.inbox.send(Reply(call_id=call_id, refused=self._start_trace()))
             case StopTrace(call_id=call_id, directory=directory):
@@ -212,8 +226,17 @@ class EngineCore:
                 return f"the engine cannot wake up: {e}"
             self.asleep = False
             if self.scheduler.elastic is not None:
-                self.scheduler.elastic.set_limit(None)
+                self.scheduler.elastic.set_limit(self._kv_limit)
         return None
+
+    def _limit(self, blocks: int | None) -> int:
+        """-> blocks that have memory now."""
+        elastic = self.scheduler.elastic
+        assert elastic is not None, "only an elastic pool is asked"
+        self._kv_limit = blocks
+        if not self.asleep:
+            elastic.set_limit(blocks)
+        return self.scheduler.pool.num_mapped
 
     def _start_trace(self) -> str | None:
         if self.executor.tracing:

@@ -18,12 +18,13 @@ from xllm.engine.checkpoint import open_tokenizer, sampling_defaults
 from xllm.engine.client import EngineClient, InlineClient, ProcessClient
 from xllm.engine.outputs import OutputProcessor
 from xllm.engine.prompts import Prompt, PromptReader, as_list
-from xllm.engine.validate import Validator
+from xllm.engine.validate import Validator, kv_limit
 from xllm.text.chat import ChatTemplate
 from xllm.text.tokenizer import Tokenizer
 from xllm.wire.messages import (
     Abort,
     Fault,
+    LimitKv,
     Message,
     Outputs,
     Reply,
@@ -143,6 +144,12 @@ class LLM:
     def wake_up(self) -> None:
         """Raises Unavailable where the memory is not there; the engine sleeps on then."""
         self._ask(lambda id: WakeUp(call_id=id))
+
+    def limit_kv_memory(self, nbytes: int | None) -> int:
+        """How much memory an elastic KV cache may have from now on, None: no limit. -> bytes it has at this moment. Raises
+        InvalidRequest for any other pool, and where the longest sequence would not fit."""
+        blocks = kv_limit(nbytes, self.config)
+        return int(self._ask(lambda id: LimitKv(call_id=id, blocks=blocks))) * self.config.cache.block_bytes
 
     def stats(self) -> SchedulerStats:
         """As of the engine's last step, or its last sign of life where it has a process of its own."""

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from xllm.config.decided import EngineConfig
+from xllm.config.memory import blocks_of, gib
 from xllm.core.errors import InvalidRequest
 from xllm.core.sampling import SamplingParams
 
@@ -61,3 +63,20 @@ class Validator:
                 raise InvalidRequest(
                     f"{name}: token id {id} is not in the vocabulary of {self._vocab_size}", param=name
                 )
+
+
+def kv_limit(nbytes: int | None, config: EngineConfig) -> int | None:
+    """Blocks of an elastic KV pool in so many bytes, None: no limit. InvalidRequest where the pool has none, or where a
+    sequence of the greatest length would wait for good."""
+    if config.cache.pool != "elastic":
+        raise InvalidRequest("the KV pool has its memory for good; with --kv-pool elastic it can be limited")
+    if nbytes is None:
+        return None
+    each, longest = config.cache.block_bytes, config.scheduler.max_model_len
+    needed = blocks_of(longest, config.cache.block_size) * each
+    if nbytes < needed:
+        raise InvalidRequest(
+            f"a limit of {gib(max(0, nbytes))} holds no sequence of {longest} tokens: {gib(needed)} are needed",
+            param="gib",
+        )
+    return nbytes // each

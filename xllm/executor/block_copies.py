@@ -1,7 +1,7 @@
 """Copies between the device's KV blocks and host slots, in the device's order beside its work."""
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,21 +11,37 @@ from xllm.executor.host_tier import HostTier
 
 
 class BlockCopies:
-    """One thread at a time. Neither memory ever goes before the engine does, so a copy never outlives what it copies."""
+    """One thread at a time for each direction. Neither memory ever goes before the engine does, so a copy never outlives what it copies."""
 
-    def __init__(self, device: Device, kv_cache: torch.Tensor, host: HostTier):
-        """`kv_cache` [blocks, ...] is contiguous and stays the same tensor."""
+    def __init__(
+        self, device: Device, kv_cache: torch.Tensor, host: HostTier, ready: Callable[[], None] = lambda: None
+    ):
+        """`kv_cache` [blocks, ...] stays the same tensor; each of its blocks is contiguous. `ready` has what is submitted
+        come after whatever its memory needs before it may be filled."""
         self._device = device
+        self._ready = ready
         self._host = host
-        self._blocks_NB = kv_cache.view(torch.uint8).view(kv_cache.shape[0], -1)
+        self._blocks_NB = kv_cache.view(torch.uint8).flatten(1)
         if self._blocks_NB.shape[1] != host.block_bytes:
             raise ValueError(f"blocks of {self._blocks_NB.shape[1]} bytes, host slots of {host.block_bytes}")
 
     @contextmanager
-    def after(self, mark: Mark) -> Iterator[None]:
-        """Copies submitted inside begin after the mark. They have all ended when this has, also where one of them
+    def down(self, mark: Mark) -> Iterator[None]:
+        """Copies down submitted inside begin after the mark. They have all ended when this has, also where one of them
         failed: what they read and write may be somebody else's then."""
-        with torch.inference_mode(), self._device.beside(mark):
+        with self._lane(mark, 0):
+            yield
+
+    @contextmanager
+    def up(self) -> Iterator[None]:
+        """The same for copies up, which begin at once: no step in flight touches a block that is to be filled."""
+        with self._lane(None, 1):
+            self._ready()
+            yield
+
+    @contextmanager
+    def _lane(self, mark: Mark | None, lane: int) -> Iterator[None]:
+        with torch.inference_mode(), self._device.beside(mark, lane):
             try:
                 yield
             finally:

@@ -15,6 +15,7 @@ from xllm.core.sampling import SamplingParams
 from xllm.device.facts import cpu_facts
 from xllm.device.table import Device, open_device
 from xllm.executor.buffers import InputBuffers
+from xllm.executor.contiguous import ContiguousMemory, contiguous_cache, with_ranges_told
 from xllm.executor.disk_tier import DiskTier
 from xllm.executor.fingerprint import fingerprint
 from xllm.executor.host_tier import HostTier
@@ -22,8 +23,10 @@ from xllm.executor.kv_memory import ElasticMemory, elastic_cache, whole_segments
 from xllm.executor.measure import with_measured_cache
 from xllm.executor.mover import Mover
 from xllm.executor.rehearsal import rehearsed
+from xllm.executor.remote_tier import RemoteTier
 from xllm.executor.runner import Runner
 from xllm.executor.sampling import Sampler
+from xllm.executor.stores.table import check_url, open_store
 from xllm.models.forward import Model
 from xllm.models.loader import load_model
 from xllm.ops.table import Ops, load_ops
@@ -64,11 +67,13 @@ def build_runner(
     each = 0
     if config.cache.pool == "elastic":
         config, each = whole_segments(config, device)
+    elif config.cache.pool == "contiguous":
+        config = with_ranges_told(config)
     with _timed(parts, "memory"):
-        runner = assemble(config, model, device, ops, blocks_each=each)
+        runner = assemble(config, model, device, ops, blocks_each=each, trial=False)
     if config.tiers is not None:
         with _timed(parts, "tiers"):
-            runner.mover = _mover(config, config.tiers, device, runner.kv_cache)
+            runner.mover = _mover(config, config.tiers, device, runner)
     with _timed(parts, "warm-up"):
         _warm_up(runner)
     if config.executor.graph_sizes:
@@ -77,14 +82,19 @@ def build_runner(
     return runner, config
 
 
-def assemble(config: EngineConfig, model: Model, device: Device, ops: Ops, *, blocks_each: int = 0) -> Runner:
+def assemble(
+    config: EngineConfig, model: Model, device: Device, ops: Ops, *, blocks_each: int = 0, trial: bool = True
+) -> Runner:
     """Memory around a model: KV cache, input buffers, sampler state. With `blocks_each` the cache is in segments of so
-    many blocks, whose memory comes and goes."""
+    many blocks, whose memory comes and goes. For a `trial` the cache is in plain memory whatever the pool."""
     m, cache, scheduler = config.model, config.cache, config.scheduler
     spare = int(device.asynchronous)  # a slot and a block for rows that only fill a graph
     memory: ElasticMemory | None = None
+    places: ContiguousMemory | None = None
     if blocks_each:
         kv_cache, memory = elastic_cache(config, device, blocks_each, spare)
+    elif cache.pool == "contiguous" and not trial:
+        kv_cache, places = contiguous_cache(config, device, spare)
     else:
         kv_cache = device.empty(
             (cache.num_blocks + spare, m.num_layers, 2, cache.block_size, m.num_kv_heads, m.head_dim),
@@ -103,13 +113,16 @@ def assemble(config: EngineConfig, model: Model, device: Device, ops: Ops, *, bl
     )
     runner = Runner(model, kv_cache, buffers, sampler, device, graph_sizes=config.executor.graph_sizes)
     runner.memory = memory
+    runner.places = places
     return runner
 
 
-def _mover(config: EngineConfig, tiers: TierConfig, device: Device, kv_cache: torch.Tensor) -> Mover:
-    """Tiers below the device, and who moves blocks between them. ConfigError where there is no room for them."""
+def _mover(config: EngineConfig, tiers: TierConfig, device: Device, runner: Runner) -> Mover:
+    """Tiers below the device, and who moves blocks between them. ConfigError where there is no room for them, or a store
+    cannot be reached."""
     block_bytes = config.cache.block_bytes
-    wanted, free = tiers.host_blocks * block_bytes, cpu_facts().free_bytes
+    lent = 0 if tiers.remote is None else check_url(tiers.remote)
+    wanted, free = tiers.host_blocks * block_bytes, cpu_facts().free_bytes - lent
     if wanted > free:  # Linux would promise it, and end somebody's process once it is used
         raise ConfigError(
             f"--kv-offloading-size: {gib(wanted)} of host memory are asked for, {gib(free)} are free"
@@ -119,12 +132,20 @@ def _mover(config: EngineConfig, tiers: TierConfig, device: Device, kv_cache: to
     except (OSError, RuntimeError, ValueError) as e:
         raise ConfigError(f"--kv-offloading-size: {gib(wanted)} of host memory cannot be had: {e}") from e
     host = HostTier(memory, tiers.host_blocks, block_bytes)
-    disk = None
+    owner = fingerprint(config) if tiers.disk_path is not None or tiers.remote is not None else b""
+    disk = remote = None
     if tiers.disk_path is not None:
-        disk = DiskTier(
-            Path(tiers.disk_path) / "xllm-kv-blocks", tiers.disk_blocks, block_bytes, fingerprint(config)
-        )
-    return Mover(device, kv_cache, host, disk)
+        disk = DiskTier(Path(tiers.disk_path) / "xllm-kv-blocks", tiers.disk_blocks, block_bytes, owner)
+    if tiers.remote is not None:
+        try:
+            remote = RemoteTier(open_store(tiers.remote), block_bytes, owner)
+        except BaseException:
+            if disk is not None:
+                disk.close()
+            raise
+    if runner.memory is None:
+        return Mover(device, runner.kv_cache, host, disk, remote)
+    return Mover(device, runner.kv_cache, host, disk, remote, ready=runner.memory.range.follow)
 
 
 def _warm_up(runner: Runner) -> None:

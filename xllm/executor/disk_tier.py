@@ -2,7 +2,7 @@
 
 The file is a header of one page and then records at a fixed stride, one per slot:
 
-    page      magic, version, number of the write, length, fingerprint, name, checksum, checksum of all these
+    page      a record header (`xllm.executor.records`): number of the write, fingerprint, name, checksum
     pages     the block, filled up to whole pages
 
 A record is never believed when it is torn or damaged. It is voided before anything of it is overwritten, its page is
@@ -19,20 +19,18 @@ import struct
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from xllm.core.errors import ConfigError
+from xllm.executor import records
 from xllm.executor.host_tier import checksum
+from xllm.executor.records import Record
 
 log = logging.getLogger(__name__)
 
 PAGE = 4096
 VERSION = 1
-FILE_MAGIC, RECORD_MAGIC = b"xllm-kv\0", b"xllm-blk"
-_FILE = struct.Struct("<8sIIQQ16s")  # magic, version, page, block_bytes, stride, fingerprint
-_RECORD = struct.Struct(
-    "<8sIIQQ16s16sQ"
-)  # magic, version, 0, number, block_bytes, fingerprint, name, checksum
+FILE_MAGIC = b"xllm-kv\0"
+_FILE = struct.Struct("<8sIIQQ16s")  # magic, version, page, block_bytes, stride, owner
 
 
 class DiskTier:
@@ -47,7 +45,7 @@ class DiskTier:
         self.path = Path(path)
         self.slots = slots
         self.block_bytes = block_bytes
-        self._fingerprint: bytes = xxhash.xxh3_128_digest(fingerprint)
+        self._owner = records.owner_of(fingerprint)
         self._stride = PAGE + -(-block_bytes // PAGE) * PAGE
         self._complaints: set[tuple[str, int | None]] = set()
         self._number = 0  # of the last write
@@ -68,14 +66,10 @@ class DiskTier:
     def write(self, slot: int, name: bytes, data: np.ndarray, known: int) -> bool:
         """Put a block (uint8 [block_bytes]) into a slot, with the checksum `known` of what it should be. False where the
         disk is full or fails; then the slot holds nothing."""
-        assert len(name) == 16 and data.nbytes == self.block_bytes
+        assert data.nbytes == self.block_bytes
         at = self._offset(slot)
         self._number += 1
-        record = _sealed(
-            _RECORD.pack(
-                RECORD_MAGIC, VERSION, 0, self._number, self.block_bytes, self._fingerprint, name, known
-            )
-        )
+        record = records.pack(Record(self._number, name, known), self.block_bytes, self._owner)
         try:
             self._write_all(bytes(PAGE), at)
             self._write_all(data.data, at + PAGE)
@@ -95,12 +89,12 @@ class DiskTier:
         at = self._offset(slot)
         try:
             record = self._parse(os.pread(self._fd, PAGE, at))
-            if record is None or record[1] != name or not self._read_all(into.data, at + PAGE):
+            if record is None or record.name != name or not self._read_all(into.data, at + PAGE):
                 return None
         except OSError as e:
             self._complain("read", e)
             return None
-        return record[2] if checksum(name, into) == record[2] else None
+        return record.known if checksum(name, into) == record.known else None
 
     def invalidate(self, slot: int) -> bool:
         """The slot holds nothing, after a restart neither. False where that could not be written."""
@@ -128,9 +122,8 @@ class DiskTier:
                 self._complain("read", e)
                 continue
             if record is not None:
-                number, name, _ = record
-                self._number = max(self._number, number)
-                found[name] = max(found.get(name, (-1, -1)), (number, slot))
+                self._number = max(self._number, record.number)
+                found[record.name] = max(found.get(record.name, (-1, -1)), (record.number, slot))
         return [(slot, name) for name, (_, slot) in sorted(found.items(), key=lambda item: item[1])]
 
     def close(self) -> None:
@@ -152,8 +145,8 @@ class DiskTier:
             raise ConfigError(f"{self.path} cannot be locked: {e.strerror}") from e
 
     def _open(self) -> None:
-        form = _FILE.pack(FILE_MAGIC, VERSION, PAGE, self.block_bytes, self._stride, self._fingerprint)
-        header = _sealed(form).ljust(PAGE, b"\0")
+        form = _FILE.pack(FILE_MAGIC, VERSION, PAGE, self.block_bytes, self._stride, self._owner)
+        header = records.sealed(form).ljust(PAGE, b"\0")
         try:
             size = os.fstat(self._fd).st_size
             if os.pread(self._fd, PAGE, 0) != header:
@@ -171,14 +164,8 @@ class DiskTier:
     def _offset(self, slot: int) -> int:
         return PAGE + slot * self._stride
 
-    def _parse(self, page: bytes) -> tuple[int, bytes, int] | None:
-        """Number, name and checksum of a record; None where there is none, or not one of ours."""
-        content = page[: _RECORD.size]
-        if len(content) < _RECORD.size or page[: _RECORD.size + 8] != _sealed(content):
-            return None
-        magic, version, _, number, length, fingerprint, name, known = _RECORD.unpack(content)
-        ours = (RECORD_MAGIC, VERSION, self.block_bytes, self._fingerprint)
-        return (number, name, known) if (magic, version, length, fingerprint) == ours else None
+    def _parse(self, page: bytes) -> Record | None:
+        return records.parse(page, self.block_bytes, self._owner)
 
     def _write_all(self, data: bytes | memoryview, at: int) -> None:
         rest = memoryview(data)
@@ -201,9 +188,3 @@ class DiskTier:
         if (what, e.errno) not in self._complaints:
             self._complaints.add((what, e.errno))
             log.warning("a KV block could not be %s in %s: %s", what, self.path, e.strerror)
-
-
-def _sealed(content: bytes) -> bytes:
-    """A header with the checksum that tells whether it is whole."""
-    digest: bytes = xxhash.xxh3_64_digest(content)
-    return content + digest

@@ -5,12 +5,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from xllm.core.places import PlaceOrder
 from xllm.core.plan import StepPlan, StepResult
 from xllm.core.segments import SegmentNews, SegmentOrder
 from xllm.core.stats import ExecutorStats
 from xllm.core.transfer import News, Order
 
 if TYPE_CHECKING:
+    from xllm.executor.contiguous import ContiguousMemory
     from xllm.executor.kv_memory import ElasticMemory
     from xllm.executor.mover import Mover
     from xllm.executor.trace import Trace  # brings PyTorch's profiler
@@ -22,6 +24,7 @@ T_co = TypeVar("T_co", covariant=True)
 class RunsPlans(Protocol):
     progress: int  # grows as long as the device advances, also inside a long step
     memory: "ElasticMemory | None"  # under the KV cache, where it comes and goes
+    places: "ContiguousMemory | None"  # the same, where sequences have addresses of their own
     mover: "Mover | None"  # of KV between the device and lower tiers, where there are any
 
     @property
@@ -114,6 +117,16 @@ class Executor:
         if self._runner.memory is not None:
             self._runner.memory.mapper.wait(seconds)
 
+    @property
+    def places(self) -> "ContiguousMemory | None":
+        """Where sequences have addresses of their own; to look at."""
+        return self._runner.places
+
+    def map(self, orders: Sequence[PlaceOrder]) -> None:
+        """Pages of the KV cache. No step in flight touches a place that changes."""
+        assert self._runner.places is not None, "only a contiguous pool has places"
+        self._runner.places.start(orders)
+
     def recovered(self) -> list[tuple[int, bytes]]:
         """(slot, name) of blocks that an earlier run left on disk, least recently written first."""
         return [] if self._runner.mover is None else self._runner.mover.recover()
@@ -153,6 +166,8 @@ class Executor:
             self._runner.mover.close()
         if self._runner.memory is not None:
             self._runner.memory.close()
+        if self._runner.places is not None:
+            self._runner.places.close()
 
     def _call(self, work: Callable[[], T]) -> "Future[T]":
         if not self._inline:

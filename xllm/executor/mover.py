@@ -1,13 +1,13 @@
-"""Moves the bytes of KV blocks between the device, host memory and disk while steps run: orders in, news out.
+"""Moves the bytes of KV blocks between the device, host memory and what is below while steps run: orders in, news out.
 
 Which block goes where is decided elsewhere (`xllm.kv.tiers`). Here an order is one or two tasks, and each runs in a
 thread made for its kind, as soon as no task ahead of it needs the same place (`Turns`):
 
-    copier    copies between device and host memory, in the device's order beside its work, and waits for them
-    readers   bring records from disk into host slots
-    writer    puts host slots on disk, and voids records there
-    hashers   read blocks for their checksums, on behalf of the copier
+    saver     copies from the device to host memory, behind the steps that a save was ordered after, and waits for it
+    loader    copies from host memory to the device, at once, and waits for it: a request waits, too
+    hashers   read blocks for their checksums, on behalf of the two
 
+What concerns disk or store is done beside that, by `DiskMover` and `RemoteMover`.
 Whatever fails becomes news. No error leaves its task, so no thread ends before `close`.
 """
 
@@ -15,15 +15,30 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from xllm.core.transfer import Load, Loaded, News, Order, Save, Saved, Source, Written
+from xllm.core.transfer import (
+    Disown,
+    Load,
+    Loaded,
+    Look,
+    News,
+    Order,
+    Save,
+    Saved,
+    Send,
+    Sent,
+    Source,
+    Written,
+)
 from xllm.device.table import Device, Mark
 from xllm.executor.block_copies import BlockCopies
+from xllm.executor.disk_mover import DiskMover
 from xllm.executor.host_tier import Hashers, HostTier
-from xllm.executor.turns import CopyDown, LoadUp, Task, Turns, Void, Write
+from xllm.executor.remote_mover import RemoteMover
+from xllm.executor.remote_tier import RemoteTier
+from xllm.executor.turns import CopyDown, LoadUp, SendOut, Task, Turns, Void, Write, failed
 
 if TYPE_CHECKING:
     import torch
@@ -33,41 +48,46 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GROUP = 16  # blocks that are copied down before they are waited for, or checked before they are copied up
-QUEUED_WRITES = 256  # blocks, and at most half the host's slots: the rest stays in memory alone
 CLOSE_S = 5.0
 
 
 class Mover:
-    """`start` belongs to the thread that submits steps; everybody may ask for news. Owns the disk tier."""
+    """`start` belongs to the thread that submits steps; everybody may ask for news. Owns the tiers behind host memory."""
 
     def __init__(
         self, device: Device, kv_cache: "torch.Tensor", host: HostTier, disk: "DiskTier | None" = None,
-        *, workers: int = 2,
+        remote: RemoteTier | None = None, *, workers: int = 2, ready: Callable[[], None] = lambda: None,
     ):  # fmt: skip
-        """As `BlockCopies`. `workers` threads hash, as many read."""
+        """As `BlockCopies`. `workers` threads hash what is saved, as many what is loaded, as many read from disk, as many
+        fetch from the store."""
         self._device = device
-        self._block_copies = BlockCopies(device, kv_cache, host)
+        self._block_copies = BlockCopies(device, kv_cache, host, ready)
         self._host = host
-        self._disk = disk
-        self._workers = workers
-        self._most_writes = max(1, min(QUEUED_WRITES, host.slots // 2))
 
         # under the lock of `_changed`
         self._changed = threading.Condition()
         self._turns = Turns()
         self._copies: deque[CopyDown] = deque()
         self._loads: deque[LoadUp] = deque()
-        self._writes: deque[Write | Void] = deque()
         self._news: list[News] = []
         self._unfinished = 0  # tasks
         self._closing = False
         self._complaints: set[tuple[str, type]] = set()
 
-        self._readers = ThreadPoolExecutor(workers, thread_name_prefix="xllm-kv-read")
-        self._hashers = Hashers(host, workers)
+        # the last load from the same tiers; the loader's
+        self._ended: dict[frozenset[tuple[bool, bool]], float] = {}
+        self._sealers, self._checkers = Hashers(host, workers), Hashers(host, workers)
+        ends, comes = self._finish, self._brought
+        self._disk = self._remote = None
+        if disk is not None:
+            self._disk = DiskMover(host, disk, brought=comes, finish=ends, readers=workers)
+        if remote is not None:
+            self._remote = RemoteMover(
+                host, remote, answered=self._tell, brought=comes, finish=ends, fetchers=workers
+            )
         self._threads = [
-            threading.Thread(target=run, name=f"xllm-kv-{name}", daemon=True)
-            for name, run in (("copy", self._run_copier), ("write", self._run_writer))
+            threading.Thread(target=self._run_saver, name="xllm-kv-save", daemon=True),
+            threading.Thread(target=self._run_loader, name="xllm-kv-load", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -88,15 +108,32 @@ class Mover:
             if void and self._disk is not None and not self._closing:
                 self._enter(Void(void))
             for order in orders:
-                if mark is None or self._closing:
-                    self._news += _failed(order)
-                elif isinstance(order, Load):
-                    self._enter(LoadUp(order, mark, begun))
+                if isinstance(
+                    order, Disown
+                ):  # no error of the device or end of the engine makes sound what is not
+                    assert self._remote is not None, "only what lies in a store is disowned"
+                    self._remote.disown(order)
+                elif mark is None or self._closing:
+                    self._news += failed(order)
                 else:
-                    self._enter(CopyDown(order, mark))
-                    if order.disk_slot is not None:
-                        self._enter(Write(order, order.disk_slot))
+                    self._start(order, mark, begun)
             self._changed.notify_all()
+
+    def _start(self, order: Order, mark: Mark, begun: float) -> None:
+        remote = self._remote
+        match order:
+            case Load():
+                self._enter(LoadUp(order, begun, "" if remote is None else remote.realm))
+            case Save():
+                self._enter(CopyDown(order, mark))
+                if order.disk_slot is not None:
+                    self._enter(Write(order, order.disk_slot))
+            case Send():
+                assert remote is not None, "nothing is sent where there is no store"
+                self._enter(SendOut(order, remote.realm))
+            case Look():
+                assert remote is not None, "nothing is asked where there is no store"
+                remote.look(order, begun)
 
     def news(self) -> list[News]:
         """What has happened since the last call."""
@@ -116,6 +153,9 @@ class Mover:
     def close(self) -> None:
         """Ends all orders: copies are made, records voided, what waits to be read or written is left. Steps must have
         ended. Where a disk or a device hangs, it is left alone after some seconds."""
+        below = [mover for mover in (self._disk, self._remote) if mover is not None]
+        for mover in below:
+            mover.end()
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -125,10 +165,10 @@ class Mover:
             return
         for thread in self._threads:
             thread.join()
-        self._readers.shutdown()
-        self._hashers.close()
-        if self._disk is not None:
-            self._disk.close()
+        self._sealers.close()
+        self._checkers.close()
+        for mover in below:
+            mover.close()
 
     # tasks begin and end: the lock is held by who calls, but for `_finish`
 
@@ -143,23 +183,33 @@ class Mover:
                 case CopyDown() as task:
                     self._copies.append(task)
                 case LoadUp() as task if task.unread:
-                    for _ in range(min(self._workers, task.unread)):
-                        self._readers.submit(self._read_for, task)
+                    self._fill(task)
                 case LoadUp() as task:
                     self._loads.append(task)
                 case Void() as task:
-                    self._writes.append(task)
+                    assert self._disk is not None, "nothing is void without a disk"
+                    self._disk.void(task)
                 case Write() as task:
-                    if self._may_write(task.order):
-                        self._writes.append(task)
-                    else:
+                    if self._disk is None or not self._disk.write(task):
                         ready += self._leave(task, Written(task.order.ticket, disk=False))
+                case SendOut() as task:
+                    if self._remote is None or not self._remote.send(task):
+                        ready += self._leave(task, Sent(task.order.ticket, stored=False))
         self._changed.notify_all()
 
-    def _may_write(self, order: Save) -> bool:
-        if self._disk is None or self._closing or len(self._writes) >= self._most_writes:
-            return False
-        return self._host.sealed(order.host_slot, order.name) is not None  # else it was not saved
+    def _fill(self, task: LoadUp) -> None:
+        """Has the host slots filled that are to be. Where there is nothing to fill them from they will hold nothing."""
+        lost = [] if self._disk is not None else [source for source, _ in task.to_read]
+        lost += [] if self._remote is not None else [*task.to_fetch]
+        for source in lost:
+            self._host.unseal(source.host_slot)
+        if self._disk is not None:
+            self._disk.read(task)
+        if self._remote is not None:
+            self._remote.fetch(task)
+        task.unread -= len(lost)
+        if not task.unread:
+            self._loads.append(task)
 
     def _leave(self, task: Task, *news: News) -> list[Task]:
         self._unfinished -= 1
@@ -170,26 +220,44 @@ class Mover:
         with self._changed:
             self._begin(deque(self._leave(task, *news)))
 
+    def _tell(self, news: News) -> None:
+        with self._changed:
+            self._news.append(news)
+            self._changed.notify_all()
+
+    def _brought(self, task: LoadUp, count: int = 1) -> None:
+        """So many sources of a load have come into their host slots, or will not."""
+        with self._changed:
+            task.unread -= count
+            if not task.unread:
+                self._loads.append(task)
+                self._changed.notify_all()
+
     # device and host
 
-    def _run_copier(self) -> None:
-        while work := self._next_copies():
-            if isinstance(work, LoadUp):
-                self._load(work)
-            else:
-                self._save(work)
+    def _run_saver(self) -> None:
+        while group := self._next_saves():
+            self._save(group)
 
-    def _next_copies(self) -> LoadUp | list[CopyDown] | None:
-        """A load if there is one, since a request waits for it; else some saves behind the same mark. None at the end."""
+    def _run_loader(self) -> None:
+        while (task := self._next_load()) is not None:
+            self._load(task)
+
+    def _next_load(self) -> LoadUp | None:
+        """None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._loads or self._copies or self._is_over())
-            if self._loads:
-                return self._loads.popleft()
+            self._changed.wait_for(lambda: self._loads or self._is_over())
+            return self._loads.popleft() if self._loads else None
+
+    def _next_saves(self) -> list[CopyDown]:
+        """Some behind the same mark. None of them at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._copies or self._is_over())
             mark = self._copies[0].mark if self._copies else None
             group: list[CopyDown] = []
             while self._copies and self._copies[0].mark is mark and len(group) < GROUP:
                 group.append(self._copies.popleft())
-            return group or None
+            return group
 
     def _is_over(self) -> bool:
         return self._closing and not self._unfinished
@@ -198,9 +266,9 @@ class Mover:
         try:
             for task in group:
                 self._host.unseal(task.order.host_slot)
-            with self._block_copies.after(group[0].mark):
+            with self._block_copies.down(group[0].mark):
                 self._block_copies.submit([(t.order.block, t.order.host_slot) for t in group], up=False)
-            self._hashers.seal([_slot_and_name(task.order) for task in group])
+            self._sealers.seal([_slot_and_name(task.order) for task in group])
         except Exception as e:
             self._complain("saved", e)
         for task in group:
@@ -213,8 +281,8 @@ class Mover:
         count = 0
         bad: list[int] = []
         try:
-            with self._block_copies.after(task.mark):
-                sound = self._hashers.check([_slot_and_name(source) for source in sources])
+            with self._block_copies.up():
+                sound = self._checkers.check([_slot_and_name(source) for source in sources])
                 for first in range(0, len(sources), GROUP):
                     group = range(first, min(first + GROUP, len(sources)))
                     bad += [i for i in group if not next(sound)]
@@ -223,63 +291,14 @@ class Mover:
             count = bad[0] if bad else len(sources)
         except Exception as e:
             self._complain("loaded", e)
-        seconds = time.perf_counter() - task.begun
-        self._finish(task, Loaded(task.order.ticket, count, bad, seconds))
+        self._finish(task, Loaded(task.order.ticket, count, bad, self._took(task)))
 
-    # host and disk
-
-    def _read_for(self, task: LoadUp) -> None:
-        """Read sources of a load as long as there are any, beside the other readers."""
-        while True:
-            try:
-                source, disk_slot = task.to_read.popleft()
-            except IndexError:
-                return
-            self._read(source, disk_slot)
-            with self._changed:
-                task.unread -= 1
-                if not task.unread:
-                    self._loads.append(task)
-                    self._changed.notify_all()
-
-    def _read(self, source: Source, disk_slot: int) -> None:
-        """Bring one source into its host slot, under a seal if it is sound."""
-        try:
-            self._host.unseal(source.host_slot)
-            if self._disk is not None and not self._closing:
-                known = self._disk.read(disk_slot, source.name, self._host.array(source.host_slot))
-                if known is not None:
-                    self._host.seal(source.host_slot, source.name, known)
-        except Exception as e:
-            self._complain("read from disk", e)
-
-    def _run_writer(self) -> None:
-        while (task := self._next_write()) is not None:
-            assert self._disk is not None, "nothing is queued without a disk"
-            if isinstance(task, Write):
-                self._finish(task, Written(task.order.ticket, self._write(task, self._disk)))
-                continue
-            for slot in task.slots:
-                self._disk.invalidate(slot)
-            self._finish(task)
-
-    def _next_write(self) -> Write | Void | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._writes or self._is_over())
-            return self._writes.popleft() if self._writes else None
-
-    def _write(self, task: Write, disk: "DiskTier") -> bool:
-        slot, name = _slot_and_name(task.order)
-        # Checked first, or damage in host memory would be told as a block on disk. The record carries the checksum of
-        # when the block was saved, so that damage between here and the disk is found as well.
-        try:
-            known = self._host.sealed(slot, name)
-            if known is None or self._closing or not self._host.check(slot, name):
-                return False
-            return disk.write(task.disk_slot, name, self._host.array(slot), known)
-        except Exception as e:
-            self._complain("written to disk", e)
-            return False
+    def _took(self, task: LoadUp) -> float:
+        """Seconds that a load which has just ended was under way alone: of those before it, each has counted its own."""
+        tiers = frozenset((source.disk_slot is not None, source.stored) for source in task.order.sources)
+        now, before = time.perf_counter(), self._ended.get(tiers, 0.0)
+        self._ended[tiers] = now
+        return now - max(task.begun, before)
 
     def _complain(self, what: str, e: Exception) -> None:
         """Once per kind: a device that is lost fails with every order."""
@@ -291,10 +310,3 @@ class Mover:
 
 def _slot_and_name(of: Save | Source) -> tuple[int, bytes]:
     return of.host_slot, of.name
-
-
-def _failed(order: Order) -> list[News]:
-    if isinstance(order, Load):
-        return [Loaded(order.ticket, 0, (), 0.0)]
-    written = [] if order.disk_slot is None else [Written(order.ticket, disk=False)]
-    return [Saved(order.ticket, host=False), *written]

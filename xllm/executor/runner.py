@@ -14,6 +14,7 @@ from xllm.core.stats import ExecutorStats
 from xllm.device.table import Device, Mark
 from xllm.executor.buffers import InputBuffers
 from xllm.executor.chunk_graphs import ChunkGraphs
+from xllm.executor.contiguous import ContiguousMemory
 from xllm.executor.decode_graphs import DecodeGraphs, longest_first
 from xllm.executor.graphs import GraphTable
 from xllm.executor.kv_memory import ElasticMemory
@@ -59,6 +60,7 @@ class Runner:
             0.0  # the gap: before the last step whose begin was marked
         )
         self.memory: ElasticMemory | None = None  # under the KV cache, where it comes and goes
+        self.places: ContiguousMemory | None = None  # the same, where sequences have addresses of their own
         self.mover: Mover | None = None  # made around the KV cache where there are tiers below it
         self.progress = 0  # layers submitted and steps finished since start: what health looks at
         model.on_layer = self._advance
@@ -72,6 +74,10 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Finish:
         with self._watched():
+            if self.memory is not None:
+                self.memory.range.join()
+            if self.places is not None:
+                self.places.wait_until(plan.mapped, decoding=not plan.new)
             follows = self._last if self._in_flight else None  # else the device may have waited for a request
             marked = follows is None or self._steps % BEGINS == 0
             begin = self._device.mark() if marked else None
@@ -108,7 +114,10 @@ class Runner:
     @property
     def stats(self) -> ExecutorStats:
         table = self._table
-        return ExecutorStats(self._steps, table.replays, table.failures, self._device_s, self._bubble_s)
+        places = None if self.places is None else self.places.stats
+        return ExecutorStats(
+            self._steps, table.replays, table.failures, self._device_s, self._bubble_s, places
+        )
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -140,16 +149,25 @@ class Runner:
     def sleep(self) -> None:
         """Weights to the host, the KV cache nowhere, and the memory of both back to the system."""
         self._table.forget()
-        dropped = [self.kv_cache] if self.memory is None else []  # what comes and goes has gone by itself
-        self._sleeper = Sleeper(self._model.tensors(), dropped)
+        plain = self.memory is None and self.places is None  # what comes and goes has gone by itself
+        self._sleeper = Sleeper(self._model.tensors(), [self.kv_cache] if plain else [])
         given = self._sleeper.sleep()
+        if self.places is not None:
+            given += self.places.vacate()
         self._device.release()
         log.info("asleep: %.2f GiB given back", given / 2**30)
 
     @torch.inference_mode()
     def wake_up(self) -> None:
         assert self._sleeper is not None, "only who sleeps can wake up"
-        self._sleeper.wake()
+        if self.places is not None:
+            self.places.restore()
+        try:
+            self._sleeper.wake()
+        except Exception:
+            if self.places is not None:
+                self.places.vacate()
+            raise
 
     def close(self) -> None:
         """Let go of the model, so that what was built around it can be freed."""

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Sequence
 
-from xllm.core.transfer import Load, Save, Source
+from xllm.core.transfer import Load, Loaded, Look, News, Order, Save, Saved, Seen, Send, Sent, Source, Written
 from xllm.device.table import Mark
 
 Place = tuple[str, int]  # "device" and a block, "host" or "disk" and a slot
@@ -37,6 +37,15 @@ class Write(Task):
         self.disk_slot = disk_slot
 
 
+class SendOut(Task):
+    """A host slot to a store, which has no places."""
+
+    def __init__(self, order: Send, realm: str):
+        super().__init__([("host", order.host_slot)], [])
+        self.order = order
+        self.realm = realm
+
+
 class Void(Task):
     """Records on disk that nobody is to believe."""
 
@@ -46,24 +55,25 @@ class Void(Task):
 
 
 class LoadUp(Task):
-    """Host slots to device blocks, some of them by way of the disk."""
+    """Host slots to device blocks, some of them by way of the disk or a store."""
 
-    def __init__(self, order: Load, mark: Mark, begun: float):
+    def __init__(self, order: Load, begun: float, realm: str = ""):
         reads: list[Place] = []
         writes: list[Place] = [("device", block) for block in order.blocks]
         self.to_read: deque[tuple[Source, int]] = deque()  # sources that nobody reads yet, and where on disk
+        self.to_fetch: deque[Source] = deque()  # that nobody fetches from the store yet
         for source in order.sources:
-            if source.disk_slot is None:
-                reads.append(("host", source.host_slot))
-            else:
+            (writes if source.fills_host else reads).append(("host", source.host_slot))
+            if source.disk_slot is not None:
                 reads.append(("disk", source.disk_slot))
-                writes.append(("host", source.host_slot))
                 self.to_read.append((source, source.disk_slot))
+            elif source.stored:
+                self.to_fetch.append(source)
         super().__init__(reads, writes)
-        self.unread = len(self.to_read)  # those being read included
+        self.unread = len(self.to_read) + len(self.to_fetch)  # those under way included
         self.order = order
-        self.mark = mark
         self.begun = begun
+        self.realm = realm
 
 
 class Turns:
@@ -109,3 +119,18 @@ class Turns:
             if not other.ahead:
                 ready.append(other)
         return ready
+
+
+def failed(order: Order) -> list[News]:
+    """What is told of an order that nobody has begun."""
+    match order:
+        case Load():
+            return [Loaded(order.ticket, 0, (), 0.0)]
+        case Look():
+            return [Seen(order.ticket, 0, 0.0)]
+        case Send():
+            return [Sent(order.ticket, stored=False)]
+        case Save():
+            written = [] if order.disk_slot is None else [Written(order.ticket, disk=False)]
+            return [Saved(order.ticket, host=False), *written]
+    return []

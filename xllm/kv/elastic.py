@@ -21,6 +21,7 @@ the scheduler's thread.
 from collections.abc import Sequence
 from enum import Enum
 from heapq import heappop, heappush
+from math import inf
 
 from xllm.core.segments import Grow, Grown, SegmentNews, SegmentOrder, SegmentStats, Shrink
 from xllm.kv.pool import BlockPool
@@ -28,6 +29,8 @@ from xllm.kv.pool import BlockPool
 _FIRST_WAIT_S = 0.1
 _LONGEST_WAIT_S = 5.0
 _DRAINED_AT_ONCE = 64  # segments that one call looks at: a lowered limit must not hold up the step
+_LOOKED_AT_ONCE = 64  # the same, where idle ones are looked for
+_BETWEEN_LOOKS_S = 0.25  # from the end of a look at all segments to the begin of the next, at least
 
 
 class _State(Enum):
@@ -41,8 +44,8 @@ class _State(Enum):
 class Elastic:
     """Decides on the segments of `pool`, an elastic one whose blocks are those of its first segments, at least one.
 
-    `limit_blocks` is the most that may have memory, None for all; at least one segment always has. Seconds are those of
-    whatever clock `orders` is called with.
+    `limit_blocks` is the most that may have memory, None for all; at least one segment always has. While `in_use` the
+    reserve is `reserve_in_use` blocks, where that is more. Seconds are those of whatever clock `orders` is called with.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Elastic:
         reserve_blocks: int,
         limit_blocks: int | None = None,
         idle_s: float = 10.0,
+        reserve_in_use: int = 0,
     ):
         if not pool.elastic:
             raise ValueError("the pool has all its blocks for good: it cannot grow or shrink")
@@ -65,7 +69,8 @@ class Elastic:
             raise ValueError(f"{pool.num_mapped} blocks are not whole segments of {blocks_per_segment}")
         self._pool = pool
         self._per_segment = blocks_per_segment
-        self._reserve = reserve_blocks
+        self.in_use = False  # whoever calls `orders` says so: requests live
+        self._reserves = reserve_blocks, max(reserve_blocks, reserve_in_use)
         self._idle_s = idle_s
         self._wanted = 0
         self._states = [_State.MAPPED] * mapped + [_State.ABSENT] * (capacity - mapped)
@@ -79,6 +84,8 @@ class Elastic:
         self._now = 0.0  # of the last `orders`
         self._idle_at = [0.0] * capacity  # no mapped segment is idle before
         self._next_look: float | None = None  # none goes before; None before the first `orders`
+        self._to_look_at = capacity - 1  # the next one, downwards; of a look that was begun
+        self._soonest = inf  # that a segment seen in it may be idle
         self._retry_at = 0.0
         self._wait_s = 0.0  # how long after the last refusal; 0 where none came since a segment was mapped
         self._refused_now = False  # since the last `orders`
@@ -193,8 +200,9 @@ class Elastic:
             return
         if self.busy or self._orders or (self._next_look is not None and self._now < self._next_look):
             return
-        self._next_look = soonest
-        for segment in range(len(self._states) - 1, 0, -1):
+        self._next_look = self._now
+        for segment in range(self._to_look_at, max(0, self._to_look_at - _LOOKED_AT_ONCE), -1):
+            self._to_look_at = segment - 1
             if self._states[segment] is not _State.MAPPED:
                 continue
             if self._idle_at[segment] <= self._now:
@@ -202,10 +210,12 @@ class Elastic:
                 # One that is held cannot have been idle for long any earlier than this.
                 self._idle_at[segment] = (self._now if used is None else used) + self._idle_s
                 if used is not None and self._idle_at[segment] <= self._now:
-                    self._next_look = self._now
                     self._drop(segment)
                     return
-            self._next_look = min(self._next_look, self._idle_at[segment])
+            self._soonest = min(self._soonest, self._idle_at[segment])
+        if self._to_look_at <= 0:
+            self._next_look = max(min(self._soonest, soonest), self._now + _BETWEEN_LOOKS_S)
+            self._to_look_at, self._soonest = len(self._states) - 1, inf
 
     def _keep_within_limit(self) -> None:
         self._call_back()
@@ -287,6 +297,10 @@ class Elastic:
         self._orders.append(Shrink(segment))
 
     # quantities
+
+    @property
+    def _reserve(self) -> int:
+        return self._reserves[self.in_use]
 
     @property
     def _ahead(self) -> int:

@@ -1,5 +1,6 @@
 """What scheduling does with KV tiers below the device: what becomes known to the prefix cache is saved there, and a waiting
-request whose prefix lies there has it fetched before it runs.
+request whose prefix lies there has it fetched before it runs. Where there is a store that others use as well, it is asked
+first, and the request stands aside for that too.
 
 A fetch takes device blocks, and the request stands aside until they are filled; others run meanwhile. Then the blocks
 are in the prefix cache and the request waits again, to be admitted like any other with more cached. Whatever goes wrong
@@ -7,13 +8,14 @@ below means that it finds less there and computes the rest.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from xllm.core.request import Phase, Request
 from xllm.core.transfer import News, Order, TierStats
 from xllm.kv.events import Origin
 from xllm.kv.pool import BlockPool
-from xllm.kv.tiers.offload import Arrived, Offload
+from xllm.kv.tiers.loads import Answered, Arrived
+from xllm.kv.tiers.offload import Offload, Released
 
 SAVING_SHARE = 2  # one part in so many of the device's blocks may be held for saves
 
@@ -28,6 +30,14 @@ class _Fetch:
     trusted: bool = True  # False: the cache was forgotten meanwhile
 
 
+@dataclass(slots=True)
+class _Question:
+    """To the store. Whoever would ask the same waits for the same answer."""
+
+    first: bytes
+    requests: list[Request] = field(default_factory=list)
+
+
 class LowerTiers:
     """Holds the references on device blocks that bytes are moved from or to. Belongs to the scheduler's thread. Without an
     `offload` there are no such tiers: it is false, and nothing ever happens."""
@@ -36,8 +46,11 @@ class LowerTiers:
         self._offload = offload
         self._pool = pool
         self._fetches: dict[int, _Fetch] = {}
+        self._questions: dict[int, _Question] = {}
         self._saving = 0  # blocks held for that
+        self._begun = self._done = 0  # steps: the last submitted, the last whose result was taken in
         self._asked: set[str] = set()  # requests that have fetched, or need not, since they last ran
+        self._looked: set[str] = set()  # those for whom the store was asked, or need not be
 
     def __bool__(self) -> bool:
         return self._offload is not None
@@ -45,7 +58,9 @@ class LowerTiers:
     @property
     def num_fetching(self) -> int:
         """Requests that stand aside, those that ended meanwhile not among them."""
-        return sum(fetch.request.phase is Phase.FETCHING for fetch in self._fetches.values())
+        fetching = [fetch.request for fetch in self._fetches.values()]
+        asking = [request for question in self._questions.values() for request in question.requests]
+        return sum(request.phase is Phase.FETCHING for request in (*fetching, *asking))
 
     @property
     def busy(self) -> bool:
@@ -62,17 +77,36 @@ class LowerTiers:
             self._saving += 1
             self._pool.share([block])
 
+    def clock(self, now: float) -> None:
+        """What is known of a store holds for some time only."""
+        if self._offload is not None and self._offload.store is not None:
+            self._offload.store.now = now
+
+    def look(self, request: Request, cached: int, limit: int) -> bool:
+        """Whether the request stands aside until the store has said what it has of the blocks behind the `cached` first."""
+        if self._offload is None or self._offload.store is None or request.id in self._looked:
+            return False
+        self._looked.add(request.id)
+        names = request.block_hashes[cached:limit]
+        first = names[self._offload.find(names) :][:1]
+        question = next((one for one in self._questions.values() if [one.first] == first), None)
+        if question is None:
+            ticket, asked = self._offload.look(names, self._pool.block_size)
+            if not ticket:
+                return False
+            question = self._questions[ticket] = _Question(asked)
+        question.requests.append(request)
+        request.phase = Phase.FETCHING
+        return True
+
     def wanted(self, request: Request, cached: int, limit: int) -> int:
         """How many blocks behind the `cached` first should be fetched, of `limit` that may be; 0: none, let it run."""
         if self._offload is None or request.id in self._asked:
             return 0
-        names = request.block_hashes[cached:limit]
-        count = self._offload.find(names)
-        on_disk = self._offload.on_disk(names[:count])
-        if count and self._offload.worthwhile(count, self._pool.block_size, on_disk):
-            return count
-        self._asked.add(request.id)
-        return 0
+        count = self._offload.worthwhile(request.block_hashes[cached:limit], self._pool.block_size)
+        if not count:
+            self._asked.add(request.id)
+        return count
 
     def fetch(self, request: Request, cached: Sequence[int], count: int, origins: Sequence[Origin | None]) -> bool:  # fmt: skip
         """Start; the caller has seen to it that so many blocks are available. False where it could not be."""
@@ -95,15 +129,16 @@ class LowerTiers:
         return True
 
     def settle(self, request: Request) -> None:
-        """It runs, or ended: should it ever wait again, it may fetch again."""
+        """It runs, or ended: should it ever wait again, it may ask and fetch again."""
         self._asked.discard(request.id)
+        self._looked.discard(request.id)
 
     def orders(self) -> tuple[list[int], list[Order]]:
         """Disk slots whose records are void, and what is to be moved: to be handed to the executor behind the steps
         submitted so far."""
         if self._offload is None:
             return [], []
-        return self._offload.distrusted(), self._offload.orders()
+        return self._offload.distrusted(), self._offload.orders(self._begun, self._done)
 
     def take(self, news: Sequence[News]) -> list[Request]:
         """What the executor says. Returns the requests that wait again."""
@@ -111,12 +146,20 @@ class LowerTiers:
             return []
         back: list[Request] = []
         for done in self._offload.take(news):
-            if isinstance(done, Arrived):
-                back += self._arrived(done.ticket, done.count)
-            else:
-                self._saving -= 1
-                self._pool.release([done.block])
+            match done:
+                case Arrived():
+                    back += self._arrived(done.ticket, done.count)
+                case Answered():
+                    back += self._answered(self._questions.pop(done.ticket))
+                case Released():
+                    self._saving -= 1
+                    self._pool.release([done.block])
         return back
+
+    def _answered(self, question: _Question) -> list[Request]:
+        for joined in question.requests[1:]:  # their prompts may go on with what was not asked
+            self._looked.discard(joined.id)
+        return _waiting_again(question.requests)
 
     def _arrived(self, ticket: int, count: int) -> list[Request]:
         fetch = self._fetches.pop(ticket)
@@ -124,10 +167,7 @@ class LowerTiers:
             for block, name, origin in zip(fetch.fetched[:count], fetch.names, fetch.origins, strict=False):
                 self._pool.publish(block, name, origin)
         self._pool.release([*fetch.cached, *fetch.fetched])
-        if fetch.request.phase is not Phase.FETCHING:
-            return []
-        fetch.request.phase = Phase.WAITING
-        return [fetch.request]
+        return _waiting_again([fetch.request])
 
     def used(self, request: Request) -> None:
         """It ended well: what it went through is the most recently used below, its beginning last of all to go."""
@@ -143,6 +183,19 @@ class LowerTiers:
         """What they stand for is not to be trusted."""
         if self._offload is not None:
             self._offload.forget(names)
+
+    def began(self, step: int) -> None:
+        """It was planned, and will be submitted before the next `orders`."""
+        self._begun = step
+
+    def ended(self, step: int) -> None:
+        """Its result is here, and what is wrong with it is said before the next `orders`."""
+        self._done = step
+
+    def leave(self) -> None:
+        """The cache was forgotten since it is of another model, as it were: so is what lies in a store."""
+        if self._offload is not None:
+            self._offload.leave()
 
     def clear(self) -> None:
         """Forget everything, also what is under way."""
@@ -164,3 +217,11 @@ class LowerTiers:
     def audit(self) -> None:
         if self._offload is not None:
             self._offload.audit()
+
+
+def _waiting_again(requests: Sequence[Request]) -> list[Request]:
+    """Those that still stand aside, and do so no longer."""
+    back = [request for request in requests if request.phase is Phase.FETCHING]
+    for request in back:
+        request.phase = Phase.WAITING
+    return back

@@ -16,6 +16,7 @@ from xllm.core.stats import SchedulerStats
 from xllm.core.transfer import News
 from xllm.kv.elastic import Elastic
 from xllm.kv.pool import BlockPool
+from xllm.kv.ranges import Ranges
 from xllm.kv.tiers.offload import Offload
 from xllm.scheduler import outcome, policies
 from xllm.scheduler.admission import Demand
@@ -42,11 +43,13 @@ class Scheduler:
         pool: BlockPool,
         offload: Offload | None = None,
         elastic: Elastic | None = None,
+        ranges: Ranges | None = None,
     ):
         check_config(config)
         self.config = config
         self.pool = pool
         self.elastic = elastic  # of the pool, where its memory comes and goes
+        self.ranges = ranges  # of addresses, where requests have their own
         self._batching = policies.load("batching", policies.BATCHING, config.batching)
         self._order = policies.load("order", policies.ORDER, config.order)
         self._admission = policies.load("admission", policies.ADMISSION, config.admission)
@@ -55,7 +58,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}  # all that live
         self._waiting = WaitingQueue()
         self._running = RunningSet(config.max_num_seqs)
-        self._tables = BlockTables(pool)
+        self._tables = BlockTables(pool, ranges)
         self.lower = LowerTiers(offload, pool)
         if offload is not None:
             self._tables.on_published = self.lower.save
@@ -100,32 +103,40 @@ class Scheduler:
         Steps in flight count as over; the caller sees to it that none still runs or is applied later.
         """
         self._in_flight.clear()
-        self.pool.settle(self._step)
+        self._tables.settle(self._step)
         self._waiting = WaitingQueue()
         self._running.clear()
         outputs = [self._end(request, Finish.ERROR, reason) for request in list(self._requests.values())]
         self._forget_cache()
+        if self.ranges is not None:
+            self.ranges.forget(unmapped=False)
         return outputs
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes. What runs keeps its blocks and finishes, but publishes nothing more: after a change
         of weights, KV of before must not serve requests of after."""
         self._forget_cache()
+        self.lower.leave()
         for request in self._running:
             request.num_published = NEVER
 
     def forget_device(self) -> None:
         """Nothing runs, and the device's memory goes away; tiers below it keep what they have."""
         self.pool.reset_cache()
+        if self.ranges is not None:
+            self.ranges.forget(unmapped=True)
 
     def _forget_cache(self) -> None:
         self.lower.clear()  # first: the event of the other says that no tier has anything
         self.pool.reset_cache()
+        if self.ranges is not None:
+            self.ranges.cache_forgotten()
 
     # the next step
 
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None where nothing can run before a result is applied or a request added."""
+        self.lower.clock(now)
         may_admit = self._make_room()
         builder = StepBuilder(self.config.max_num_batched_tokens, self._tables)
         load = Load(
@@ -153,6 +164,7 @@ class Scheduler:
         self._prompt_tokens += prefilled
         self._step_tokens = self.config.max_num_batched_tokens - builder.budget
         self._step += 1
+        self.lower.began(self._step)
         step = builder.build(self._step)
         self._in_flight.append(step)
         return step.plan
@@ -190,12 +202,14 @@ class Scheduler:
 
     def _admit(self, request: Request, builder: StepBuilder, now: float) -> bool:
         """Let the head of the queue run if a slot and memory are there. Nobody overtakes a head that has to wait."""
-        if not self._running.has_slot:
+        if not self._running.has_slot or (self.ranges is not None and not self.ranges.has_one):
             return False
         tables = self._tables
         hits = tables.find(request)
         cached = len(hits) * self.pool.block_size
         if not self.config.chunked_prefill and request.num_known - cached > builder.budget:
+            return False
+        if tables.stands_aside(request, len(hits)):
             return False
         demand = self._demand(request, hits)
         if not self._admission(demand):
@@ -237,6 +251,9 @@ class Scheduler:
         if not lower or self.num_running + lower.num_fetching >= self.config.max_num_seqs:
             return False  # it could not run any sooner
         hits = tables.find(request)
+        if lower.look(request, len(hits), tables.limit(request)):
+            self._waiting.pop()
+            return True
         count = lower.wanted(request, len(hits), tables.limit(request))
         if not count or not self._admission(self._demand(request, hits)):
             return False
@@ -299,7 +316,8 @@ class Scheduler:
         if step is None or step.plan.step != result.step or len(result.tokens) != len(step.requests):
             raise EngineFault(f"result of step {result.step} does not belong to the oldest step in flight")
         self._in_flight.popleft()
-        self.pool.settle(result.step)
+        self.lower.ended(result.step)
+        self._tables.settle(result.step)
         if step.num_prefill_tokens == step.plan.num_tokens:
             self.lower.computed(step.num_prefill_tokens, result.seconds)
         outputs: list[SequenceOutput] = []
@@ -331,7 +349,10 @@ class Scheduler:
             if error is not None:
                 self._distrust(request)
                 return outcome.terminal(request, Finish.ERROR, error)
-            self._burst = max(self._burst, len(tokens))
+            if len(tokens) > self._burst:
+                self._burst = len(tokens)
+                if self.ranges is not None:
+                    self.ranges.expect(self._burst)
         prompt_logprobs: Sequence[TokenLogprobs] = ()
         if found := result.prompt_logprobs.get(i):
             prompt_logprobs = outcome.unsent_prompt_logprobs(request, plan.starts[i], found)

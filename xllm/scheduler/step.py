@@ -58,6 +58,7 @@ class StepBuilder:
         """
         block_size = self.tables.block_size
         budget = self.budget
+        ahead = self.tables.ahead(len(decoding))
         for turn, request in enumerate(decoding):
             start = request.num_computed
             end = len(request.prompt_token_ids) + len(request.output_token_ids) + request.num_in_flight
@@ -66,7 +67,8 @@ class StepBuilder:
             if budget == 0:
                 self.budget = 0
                 return turn
-            if end > len(request.blocks) * block_size and not self._grow(request, end):
+            have = len(request.blocks) * block_size
+            if end + ahead > have and not self._grow(request, end, ahead) and end > have:
                 continue
             count = min(end - start, budget)
             budget -= count
@@ -99,7 +101,7 @@ class StepBuilder:
         self.samples.append(complete)
         request.num_computed = start + count
         request.num_in_flight += complete
-        self.tables.publish(request)
+        self.tables.publish_in_step(request)
         return complete
 
     def introduce(self, request: Request) -> None:
@@ -114,7 +116,7 @@ class StepBuilder:
                 params=request.params,
                 seed=request.seed,
                 stop_ids=sorted(request.stop_ids),
-                blocks=tuple(request.blocks),
+                blocks=tuple(self.tables.shown(request)),
             )
         )
 
@@ -127,12 +129,13 @@ class StepBuilder:
             counts=self.counts,
             samples=self.samples,
             appended=self.appended,
+            mapped=self.tables.close_step(step),
         )
         return InFlight(plan, self.requests, self.incarnations, self.num_prefill_tokens)
 
-    def _grow(self, request: Request, tokens: int) -> bool:
-        fresh = self.tables.grow(request, self.tables.blocks_for(tokens) - len(request.blocks))
-        if fresh is None:
-            return False
-        self.appended.append((request.slot, fresh))
-        return True
+    def _grow(self, request: Request, tokens: int, ahead: int) -> bool:
+        have = len(request.blocks)
+        fresh = self.tables.grow(request, tokens, ahead)
+        if fresh:
+            self.appended.append((request.slot, self.tables.shown(request, have)))
+        return fresh is not None

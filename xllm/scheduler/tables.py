@@ -6,6 +6,7 @@ from xllm.core.request import Request
 from xllm.kv import hashing
 from xllm.kv.events import Origin
 from xllm.kv.pool import BlockPool
+from xllm.kv.ranges import Ranges
 
 NEVER = 2**62  # as `num_published`: this sequence publishes nothing more
 
@@ -17,8 +18,13 @@ class BlockTables:
     no-eviction admission.
     """
 
-    def __init__(self, pool: BlockPool):
+    def __init__(self, pool: BlockPool, ranges: Ranges | None = None):
+        """With `ranges` requests see their blocks at places of their own."""
         self.pool = pool
+        self._ranges = ranges
+        # of the step that is being made
+        self._to_publish: list[Request] = []
+        self._being_written: set[bytes] = set()  # names
         self.block_size = pool.block_size
         self.on_published: Callable[[int, bytes, Origin | None], None] | None = None  # block, name, origin
         self._at_most = 0  # sum over running requests of the blocks each may hold
@@ -69,22 +75,82 @@ class BlockTables:
         The caller has seen to it that so many are available; it is a fault otherwise.
         """
         self.pool.share(hits)
-        fresh = self.pool.allocate(self.blocks_for(request.num_known) - len(hits))
-        if fresh is None:
+        count = self.blocks_for(request.num_known) - len(hits)
+        if count > self.pool.num_available:
             raise AssertionError(f"request {request.id} was admitted without the memory for it")
+        if self._ranges is None:
+            fresh = self.pool.allocate(count) or []
+        else:
+            request.range, fresh = self._ranges.take(hits, count)
         request.blocks = hits + fresh
         request.num_computed = len(hits) * self.block_size
         request.num_published = len(hits)
         self._at_most += self.at_most(request)
         self._held += len(request.blocks)
+        if ahead := self.ahead(1):
+            self.grow(request, request.num_known, ahead)
 
-    def grow(self, request: Request, count: int) -> list[int] | None:
-        """`count` blocks more, or None where the pool has not so many."""
-        fresh = self.pool.allocate(count)
+    def ahead(self, decoding: int) -> int:
+        """So many tokens before a sequence needs another block it is to have one, when so many decode."""
+        plenty = self._ranges is not None and self.pool.num_available > 2 * decoding
+        return self._ranges.ahead if self._ranges is not None and plenty else 0
+
+    def grow(self, request: Request, tokens: int, ahead: int = 0) -> list[int] | None:
+        """The blocks that it lacks for so many tokens and, where that can be, `ahead` more; None where the pool has not so
+        many."""
+        have = len(request.blocks)
+        count = self.blocks_for(min(tokens + ahead, request.max_total_tokens)) - have
+        if count <= 0:
+            return []
+        if self._ranges is None:
+            fresh = self.pool.allocate(count)
+        else:
+            fresh = self._ranges.grow(request.range, have, count, have * self.block_size - tokens)
         if fresh is not None:
             request.blocks += fresh
             self._held += count
         return fresh
+
+    def shown(self, request: Request, first: int = 0) -> Sequence[int]:
+        """Where kernels find a running request's blocks from `first` on."""
+        if self._ranges is None:
+            return request.blocks[first:]
+        return self._ranges.places(request.range, request.blocks, first)
+
+    def publish_in_step(self, request: Request) -> None:
+        """The same, while the step is being made that writes the last of them. Others of that step may find them, but for
+        pages that are seen through several places: what one kernel writes through one, the next may not see through
+        another, where the two overlap."""
+        if self._ranges is None:
+            self.publish(request)
+        elif self.pool.prefix_caching:
+            full = min(request.num_computed, request.num_known) // self.block_size
+            self._hash(request, full)
+            self._being_written.update(request.block_hashes[request.num_published : full])
+            self._to_publish.append(request)
+
+    def stands_aside(self, request: Request, hits: int) -> bool:
+        """Whether a waiting request had better wait for the next step, once: it lacks a block that this step writes."""
+        if request.stood_aside or not self._being_written or hits >= len(request.block_hashes):
+            return False
+        request.stood_aside = request.block_hashes[hits] in self._being_written
+        return request.stood_aside
+
+    def close_step(self, step: int) -> int:
+        """The step, the next, is complete. -> how many orders to map pages must have been carried out before it."""
+        if self._ranges is None:
+            return 0
+        for request in self._to_publish:
+            self.publish(request)
+        self._to_publish.clear()
+        self._being_written.clear()
+        return self._ranges.due(step)
+
+    def settle(self, step: int) -> None:
+        """Steps up to `step` have run."""
+        self.pool.settle(step)
+        if self._ranges is not None:
+            self._ranges.settle(step)
 
     def publish(self, request: Request) -> None:
         """Name the blocks that are full of known tokens and written by a step already planned."""
@@ -109,6 +175,9 @@ class BlockTables:
     def release(self, request: Request, after: int | None) -> None:
         """Give the table back once step `after` has run (None: now). The request is then as it was before `take`."""
         self.pool.release(request.blocks, after)
+        if self._ranges is not None:
+            self._ranges.release(request.range, after)
+            request.range = -1
         self._at_most -= self.at_most(request)
         self._held -= len(request.blocks)
         request.blocks = []
@@ -123,6 +192,8 @@ class BlockTables:
             raise AssertionError(
                 f"ledger says {self._held} blocks held and {self._at_most} at most, tables say {held} and {at_most}"
             )
+        if self._ranges is not None:
+            self._ranges.audit((request.range, request.blocks) for request in running)
 
     def origins(self, request: Request, first: int, count: int) -> list[Origin | None]:
         """Of `count` blocks from `first` on, where somebody wants to know: of names that exist."""

@@ -13,7 +13,7 @@ from xllm.server.errors import error_response
 from xllm.server.metrics import Metrics
 from xllm.server.middleware import Envelope, KeyCheck
 from xllm.server.options import ServerOptions
-from xllm.server.routes import profile, routers, sleep
+from xllm.server.routes import kv_limit, profile, routers, sleep
 from xllm.server.state import ServerState, served_name
 from xllm.server.templates import choose_template
 
@@ -54,6 +54,8 @@ def create_app(
         app.include_router(router)
     if asked.enable_sleep_mode:
         app.include_router(sleep.router)
+    if engine.config.cache.pool == "elastic":
+        app.include_router(kv_limit.router)
     if options.profiler_dir is not None:
         check_traceable(engine.config, "--profiler-dir")
         app.include_router(profile.router)

@@ -45,11 +45,15 @@ class Engine(Protocol):
     @property
     def asleep(self) -> bool: ...
 
-    async def sleep(self) -> None:
-        """Raises `Unavailable` while anything runs."""
+    async def sleep(self, wait_s: float = 0.0) -> None:
+        """Raises `Unavailable` where anything still runs after so long."""
         ...
 
     async def wake_up(self) -> None: ...
+
+    async def limit_kv_memory(self, nbytes: int | None) -> int:
+        """-> bytes that are taken. Raises `InvalidRequest` where that cannot be."""
+        ...
 
     async def start_profile(self) -> None: ...
 

@@ -111,6 +111,18 @@ FROM_SEGMENTS = {
     "kv_segments_refused": "refused",
 }
 
+# of a contiguous KV pool: metric -> attribute of `PlaceStats`
+FROM_PLACES = {
+    "kv_places_shown": "places",
+    "kv_places_mapped": "mapped",
+    "kv_places_cleared": "cleared",
+    "kv_places_refused": "refused",
+    "kv_places_waits": "waited",
+    "kv_places_decode_waits": "waited_decoding",
+    "kv_places_wait_seconds": "waited_s",
+    "kv_places_mapping_seconds": "seconds",
+}
+
 _TIER = ("tier",)
 _CACHE_LABELS = ("block_size", "num_gpu_blocks", "enable_prefix_caching", "cache_dtype")
 _LORA_LABELS = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
@@ -168,6 +180,14 @@ DEFINITIONS = (
     Definition("kv_segments_grown", Counter, "Times a segment got memory"),
     Definition("kv_segments_shrunk", Counter, "Times a segment gave it back"),
     Definition("kv_segments_refused", Counter, "Times there was no memory for a segment"),
+    Definition("kv_places_shown", Gauge, "Places in the address ranges of sequences where a KV page lies"),
+    Definition("kv_places_mapped", Counter, "Times a KV page was mapped there"),
+    Definition("kv_places_cleared", Counter, "Times one was taken away"),
+    Definition("kv_places_refused", Counter, "Times the system could not map one"),
+    Definition("kv_places_waits", Counter, "Steps that waited for a KV page to be mapped"),
+    Definition("kv_places_decode_waits", Counter, "Of these, steps that brought nobody new"),
+    Definition("kv_places_wait_seconds", Counter, "How long they waited"),
+    Definition("kv_places_mapping_seconds", Counter, "Seconds spent mapping, beside the steps"),
 )
 _OURS = frozenset(
     {
@@ -180,6 +200,7 @@ _OURS = frozenset(
         "kv_event_batches_dropped",
         *FROM_TIERS,
         *FROM_SEGMENTS,
+        *FROM_PLACES,
     }
 )
 
@@ -238,9 +259,9 @@ class Metrics:
                     self._labelled(name, tier=label), f"{name} {label}", float(getattr(tier, attribute))
                 )
 
-        if stats.segments is not None:
-            for name, attribute in FROM_SEGMENTS.items():
-                self._tell(self._by_name[name], name, float(getattr(stats.segments, attribute)))
+        for part, found in ((stats.segments, FROM_SEGMENTS), (stats.executor.places, FROM_PLACES)):
+            for name, attribute in found.items() if part is not None else ():
+                self._tell(self._by_name[name], name, float(getattr(part, attribute)))
 
     def _tell(self, metric: Any, key: str, value: float) -> None:
         if isinstance(metric, Gauge):

@@ -66,6 +66,13 @@ class WakeUp(_Message, frozen=True):
     call_id: int
 
 
+class LimitKv(_Message, frozen=True):
+    """An elastic KV pool may have so many blocks from now on, None: all. The reply's value: blocks it has now."""
+
+    call_id: int
+    blocks: int | None
+
+
 class StartTrace(_Message, frozen=True):
     """Record what the device does from here on. Refused while a trace is being taken."""
 
@@ -129,7 +136,18 @@ class Fault(_Message, frozen=True):
     reason: str
 
 
-ToEngine = Submit | SubmitMany | Abort | ResetPrefixCache | Sleep | WakeUp | StartTrace | StopTrace | Shutdown
+ToEngine = (
+    Submit
+    | SubmitMany
+    | Abort
+    | ResetPrefixCache
+    | Sleep
+    | WakeUp
+    | LimitKv
+    | StartTrace
+    | StopTrace
+    | Shutdown
+)
 FromEngine = Loading | Ready | Outputs | Heartbeat | Reply | Fault
 Message = ToEngine | FromEngine
 

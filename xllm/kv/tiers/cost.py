@@ -1,14 +1,23 @@
-"""Is it faster to load KV blocks from a tier below, or to compute them again?
+"""Is it faster to load KV blocks from tiers below, or to compute them again?
 
-Both are measured while the engine runs: what it takes to load one block, from host memory and from disk, queues
-included, and what it takes to compute one token of a prompt. Of each the last dozen or so measurements count, newer ones
-more. While a figure is missing, loading is tried.
+All of it is measured while the engine runs: what it takes to load one block from each tier, what to ask a store, and what
+to compute one token of a prompt. Of each the last dozen or so measurements count, newer ones more. While a figure is
+missing, loading is tried.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 _DECAY = 7 / 8  # what an older measurement still weighs when another one arrives
-_TRIAL = (
-    16  # of loads that look too slow, every one of this number is made, or a figure could stay wrong for good
-)
+_TRIAL = 16  # of what looks too slow, every one of this number is done, or a figure could stay wrong for good
+
+
+class Blocks(NamedTuple):
+    """Blocks of one load, by the tier each of them comes from."""
+
+    host: int = 0
+    disk: int = 0
+    store: int = 0
 
 
 class _Rate:
@@ -33,39 +42,73 @@ class Cost:
     """What loading and computing cost on this machine, as measured so far."""
 
     def __init__(self) -> None:
-        self._host = _Rate()  # per block
-        self._disk = _Rate()  # per block
+        self._tiers = Blocks._fields  # nearest first
+        self._load = {tier: _Rate() for tier in self._tiers}  # per block
+        self._look = _Rate()  # per question
         self._compute = _Rate()  # per token
         self._declined = 0
+        self._unasked = 0
 
-    def loaded(self, host_blocks: int, disk_blocks: int, seconds: float) -> None:
-        """A load of so many blocks from host memory and from disk took `seconds`, from its order to its end.
+    def loaded(self, blocks: Blocks, seconds: float) -> None:
+        """A load took `seconds`, those behind other loads not counted.
 
-        Blocks from host memory are taken to have cost what they usually do, the rest is the disk's.
+        Blocks from host memory are taken to have cost what they usually do, the rest is the other tier's. Disk and store
+        bring their blocks side by side: a load from both says nothing of either.
         """
-        if disk_blocks:
-            usual = self._host.value or 0.0
-            self._disk.measure(disk_blocks, seconds - usual * host_blocks)
-        elif host_blocks:
-            self._host.measure(host_blocks, seconds)
+        if blocks.disk and blocks.store:
+            return
+        usual = (self._load["host"].value or 0.0) * blocks.host
+        if blocks.disk:
+            self._load["disk"].measure(blocks.disk, seconds - usual)
+        elif blocks.store:
+            self._load["store"].measure(blocks.store, seconds - usual)
+        elif blocks.host:
+            self._load["host"].measure(blocks.host, seconds)
+
+    def looked(self, seconds: float) -> None:
+        """The store took so long to say what it has."""
+        self._look.measure(1, seconds)
 
     def computed(self, tokens: int, seconds: float) -> None:
         """A step that computed nothing but `tokens` tokens of prompts took `seconds`."""
         if tokens:
             self._compute.measure(tokens, seconds)
 
-    def worthwhile(self, host_blocks: int, disk_blocks: int, block_size: int) -> bool:
-        """Whether to load so many blocks rather than to compute their tokens. Ask once per load: every sixteenth that
-        is not worth it is made nevertheless, for the sake of the measurement."""
-        blocks = host_blocks + disk_blocks
-        if blocks == 0:
-            return False
-        per_token = self._compute.value
-        host = self._host.value if host_blocks else 0.0
-        disk = self._disk.value if disk_blocks else 0.0
-        if per_token is None or host is None or disk is None:
-            return True
-        if host * host_blocks + disk * disk_blocks < per_token * block_size * blocks:
-            return True
+    def choose(self, ways: Sequence[Blocks], block_size: int) -> int:
+        """Which of these loads saves most time over computing what it leaves out; -1: none saves any. The first is the
+        longest. Ask once per load: where it is declined, every sixteenth is made nevertheless, for the sake of the
+        measurement."""
+        best, most = -1, 0.0
+        for i, way in enumerate(ways):
+            saved = self._saved(way, block_size)
+            if saved is None:
+                return i
+            if saved > most:
+                best, most = i, saved
+        if best == 0 or not ways:
+            return best
         self._declined += 1
-        return self._declined % _TRIAL == 0
+        return 0 if self._declined % _TRIAL == 0 else best
+
+    def _saved(self, way: Blocks, block_size: int) -> float | None:
+        """Seconds that a load wins; None where that is not known."""
+        per_token = self._compute.value
+        if per_token is None:
+            return None
+        saved = per_token * block_size * sum(way)
+        for tier, count in zip(self._tiers, way, strict=True):
+            if count:
+                each = self._load[tier].value
+                if each is None:
+                    return None
+                saved -= each * count
+        return saved
+
+    def worth_asking(self, blocks: int, block_size: int) -> bool:
+        """Whether to ask a store for so many blocks, or whether they are computed before it answers. As with `choose`,
+        one in sixteen is asked for anyhow."""
+        look, per_token = self._look.value, self._compute.value
+        if look is None or per_token is None or look < per_token * block_size * blocks:
+            return True
+        self._unasked += 1
+        return self._unasked % _TRIAL == 0

@@ -5,19 +5,25 @@ whoever takes `orders` and brings `take` their news (`xllm.core.transfer`). The 
 
     save    host slot filling ── Saved ──▶ ready; with a disk slot, pinned until Written, since the write reads it
             disk slot filling ─ Written ─▶ ready
-    load    host slot pinned until Loaded; of a block on disk a host slot is filled from a disk slot, pinned likewise
+    send    host slot pinned from its save on: first until the steps that filled the block have ended well, since others
+            will believe it, then until Sent
+    load    host slot pinned until Loaded; of a block on disk a host slot is filled from a disk slot, pinned likewise, of
+            one in the store from there
 
 A name is forgotten at once, also while its bytes are under way. So when news arrives, what counts is whether the slot
 still has the name: it cannot have been given to another. Not thread-safe: it belongs to the scheduler's thread.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from xllm.core.transfer import Load, Loaded, News, Order, Save, Saved, Source, TierStats, Written
+from xllm.core.transfer import Disown, Loaded, News, Order, Save, Saved, Seen, Send, Sent, TierStats, Written
 from xllm.kv.events import Origin
 from xllm.kv.tiers.cost import Cost
+from xllm.kv.tiers.loads import Answered, Arrived, Loads, Tickets
 from xllm.kv.tiers.slots import SlotIndex
+from xllm.kv.tiers.store import StoreView
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,33 +33,26 @@ class Released:
     block: int
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """A load has ended: the first `count` of its device blocks hold what was asked for, the others nothing of use."""
-
-    ticket: int
-    count: int
-
-
-Done = Released | Arrived
+Done = Released | Arrived | Answered
 
 
 class Offload:
-    """Tiers `host` and perhaps `disk` under one roof. Operations are O(1) per block."""
+    """Tiers `host`, perhaps `disk`, and perhaps a store under one roof. Operations are O(1) per block."""
 
-    def __init__(self, host: SlotIndex, disk: SlotIndex | None, cost: Cost):
+    def __init__(self, host: SlotIndex, disk: SlotIndex | None, cost: Cost, store: StoreView | None = None):
         self.host = host
         self.disk = disk
         self.cost = cost
+        self.store = store
         self._tiers = (host,) if disk is None else (host, disk)
-        self._last_ticket = 0
-        self._queue: list[Order] = []
+        self._tickets = Tickets()
+        self._loads = Loads(host, disk, store, cost, self._tickets, self._damaged)
         self._saves: dict[int, Save] = {}  # by ticket, without their Saved yet
         self._writes: dict[int, Save] = {}  # without their Written yet
-        self._loads: dict[int, Load] = {}  # without their Loaded yet
-        self._waiting: set[int] = (
-            set()
-        )  # of those, which wait for what other orders bring: they measure nothing
+        self._fresh: list[Save] = []  # to be sent; nobody knows yet which steps filled their blocks
+        self._unsent: deque[tuple[int, Save]] = deque()  # with the last step that may have
+        self._sends: dict[int, Send] = {}  # without their Sent yet
+        self._left = 0  # ticket of the last order before the store was left
 
     # saving
 
@@ -69,12 +68,15 @@ class Offload:
         if host_slot is None:
             return False
         disk_slot = self._reserve_disk(name, origin)
-        order = Save(self._next_ticket(), name, block, host_slot, disk_slot)
-        self._queue.append(order)
+        order = Save(self._tickets.next(), name, block, host_slot, disk_slot)
+        self._tickets.give(order)
         self._saves[order.ticket] = order
         if disk_slot is not None:
             self.host.pin(host_slot)
             self._writes[order.ticket] = order
+        if self.store is not None and self.store.wants(name):
+            self.host.pin(host_slot)
+            self._fresh.append(order)
         return True
 
     def _reserve_disk(self, name: bytes, origin: Origin | None) -> int | None:
@@ -99,72 +101,53 @@ class Offload:
 
     def find(self, names: Sequence[bytes]) -> int:
         """How many of `names` from the front can be loaded."""
-        for i, name in enumerate(names):
-            if all(tier.find(name) is None for tier in self._tiers):
-                return i
-        return len(names)
+        return self._loads.find(names)
 
-    def on_disk(self, names: Sequence[bytes]) -> int:
-        """How many of `names`, all of which can be loaded, would be read from disk."""
-        return sum(self.host.slot_of(name) is None for name in names)
+    def worthwhile(self, names: Sequence[bytes], block_size: int) -> int:
+        """How many of `names` from the front to load rather than to compute: all that can be found, or those in front of
+        the first from a slower tier, or none. Ask once per load (see `Cost`)."""
+        return self._loads.worthwhile(names, block_size)
 
-    def worthwhile(self, blocks: int, block_size: int, disk_blocks: int = 0) -> bool:
-        """Whether to load `blocks` blocks, of which `disk_blocks` lie on disk, rather than to compute them. Ask once
-        per load (see `Cost`)."""
-        return self.cost.worthwhile(blocks - disk_blocks, disk_blocks, block_size)
+    def look(self, names: Sequence[bytes], block_size: int) -> tuple[int, bytes]:
+        """Queue a question to the store about those of `names` that nothing is known of. Returns its ticket and the first
+        name in it; `Answered` follows. (0, b""): there is nothing to ask, or it is not worth the time."""
+        return self._loads.look(names, block_size)
 
-    def load(
-        self, names: Sequence[bytes], blocks: Sequence[int], origins: Sequence[Origin] | None = None
-    ) -> tuple[int, int]:
+    def load(self, names: Sequence[bytes], blocks: Sequence[int], origins: Sequence[Origin] | None = None) -> tuple[int, int]:  # fmt: skip
         """Queue a load of `names`, all different, into as many device blocks. Returns its ticket and how many blocks from the
         front it covers: fewer where a name is in no tier, or no host slot can be had to bring it up through. The others
         are the caller's again; the covered ones are not to be touched until `Arrived`. (0, 0): there is no load.
 
-        `origins` tell the events what comes up from disk into the host tier; without them they are not told.
+        `origins` tell the events what comes up into the host tier; without them they are not told.
         """
-        if len(names) != len(blocks):
-            raise ValueError(f"{len(names)} blocks are to be loaded into {len(blocks)}")
-        names = names[: self.find(names)]
-        held = [self.host.slot_of(name) for name in names]
-        for slot in held:  # first of all, or making room for one could evict another
-            if slot is not None:
-                self.host.pin(slot)
-        sources: list[Source] = []
-        for i, (name, slot) in enumerate(zip(names, held, strict=True)):
-            source = Source(name, slot, None) if slot is not None else self._bring_up(name, origins, i)
-            if source is None:
-                for later in held[i:]:
-                    if later is not None:
-                        self.host.unpin(later)
-                break
-            sources.append(source)
-        if not sources:
-            return 0, 0
-        order = Load(self._next_ticket(), sources, list(blocks[: len(sources)]))
-        self._queue.append(order)
-        self._loads[order.ticket] = order
-        if any(source.disk_slot is None and self.host.is_filling(source.host_slot) for source in sources):
-            self._waiting.add(order.ticket)
-        return order.ticket, len(sources)
-
-    def _bring_up(self, name: bytes, origins: Sequence[Origin] | None, index: int) -> Source | None:
-        """The source of a block that only the disk has, or None where no host slot can be had for it."""
-        assert self.disk is not None
-        disk_slot = self.disk.find(name)
-        assert disk_slot is not None
-        host_slot = self.host.reserve(name, None if origins is None else origins[index])
-        if host_slot is None:
-            return None
-        self.host.pin(host_slot)
-        self.disk.pin(disk_slot)
-        return Source(name, host_slot, disk_slot)
+        return self._loads.load(names, blocks, origins)
 
     # orders out, news in
 
-    def orders(self) -> list[Order]:
-        """What is to be moved, in this order. Each order is returned once."""
-        orders, self._queue = self._queue, []
-        return orders
+    def orders(self, begun: int = 0, done: int = 0) -> list[Order]:
+        """What is to be moved, in this order. Each order is returned once.
+
+        `begun` is the last step submitted so far, to be called before another is, and `done` the last that is known to have
+        ended well, like all before it."""
+        self._unsent += [(begun, save) for save in self._fresh]
+        self._fresh.clear()
+        while self._unsent:
+            step, save = self._unsent[0]
+            forgotten = self.host.name_of(save.host_slot) != save.name
+            if not forgotten and (step > done or save.ticket in self._saves):
+                break
+            self._unsent.popleft()
+            self._send(save, forgotten)
+        return self._tickets.take()
+
+    def _send(self, save: Save, forgotten: bool) -> None:
+        assert self.store is not None
+        if forgotten or not self.store.wants(save.name):
+            self.host.unpin(save.host_slot)
+            return
+        order = Send(self._tickets.next(), save.name, save.host_slot)
+        self._sends[order.ticket] = order
+        self._tickets.give(order)
 
     def take(self, news: Iterable[News]) -> list[Done]:
         """Account news of orders. `KeyError` where no order waits for it."""
@@ -175,8 +158,12 @@ class Offload:
                     done.append(self._saved(one))
                 case Written():
                     self._written(one)
+                case Sent():
+                    self._sent(one)
                 case Loaded():
-                    done.append(self._loaded(one))
+                    done.append(self._loads.loaded(one))
+                case Seen():
+                    done.append(self._loads.seen(one))
         return done
 
     def _saved(self, news: Saved) -> Released:
@@ -198,69 +185,44 @@ class Offload:
             self.disk.cancel(order.disk_slot)
             self.disk.failures += 1
 
-    def _loaded(self, news: Loaded) -> Arrived:
-        sources = self._loads.pop(news.ticket).sources
-        sound = min([news.count, *news.bad])
-        trusted = next((i for i in range(sound) if not self._is_trusted(sources[i])), sound)
-        for i, source in enumerate(sources):
-            if source.disk_slot is not None:
-                if i < sound:
-                    self.host.ready(source.host_slot)
-                else:
-                    self.host.cancel(source.host_slot)
-        for i in news.bad:
-            self._drop_damaged(sources[i])
-        for source in reversed(sources):  # the head becomes the most recently used
-            self._let_go(source)
-        num_disk = sum(source.disk_slot is not None for source in sources[:trusted])
-        self.host.hits += trusted - num_disk
-        if self.disk is not None:
-            self.disk.hits += num_disk
-        if trusted == len(sources) and news.ticket not in self._waiting:
-            self.cost.loaded(trusted - num_disk, num_disk, news.seconds)
-        self._waiting.discard(news.ticket)
-        return Arrived(news.ticket, trusted)
+    def _sent(self, news: Sent) -> None:
+        order = self._sends.pop(news.ticket)
+        assert self.store is not None
+        self.host.unpin(order.host_slot)
+        self.store.sent(order.name, news.stored and news.ticket > self._left)
 
-    def _is_trusted(self, source: Source) -> bool:
-        """Whether what was loaded has not been forgotten while it was under way."""
-        return self.host.name_of(source.host_slot) == source.name
-
-    def _drop_damaged(self, source: Source) -> None:
-        """Forget a bad source in the tier it was read from, if that has not happened yet."""
-        if source.disk_slot is not None:
-            assert self.disk is not None
-            self.disk.failures += 1
-            self.disk.drop(source.disk_slot)
-        elif self._is_trusted(source):
-            self.host.failures += 1
-            self.host.drop(source.host_slot)
-            for write in self._writes.values():  # what is written from a damaged slot is damaged too
-                if write.host_slot == source.host_slot and self.disk is not None:
-                    self.disk.forget(write.name)
-
-    def _let_go(self, source: Source) -> None:
-        self.host.unpin(source.host_slot)
-        if self.disk is None:
-            return
-        if source.disk_slot is not None:
-            self.disk.unpin(source.disk_slot)
-        elif (slot := self.disk.find(source.name)) is not None:
-            self.disk.touch(slot)  # so that what is in use above is not the first to be evicted below
+    def _damaged(self, host_slot: int) -> None:
+        """What is written from there is damaged too; what is sent is compared before it leaves."""
+        for write in self._writes.values():
+            if write.host_slot == host_slot and self.disk is not None:
+                self.disk.forget(write.name)
 
     # forgetting
 
     def forget(self, names: Iterable[bytes]) -> None:
         """The content of these blocks is not to be trusted: nobody finds them from now on, whatever is under way of
         them is void, and a load of them that has not arrived ends before the first of them."""
+        names = list(names)
         for name in names:
             for tier in self._tiers:
                 tier.forget(name)
+        if self.store is not None and names:
+            self.store.disown(names)
+            self._tickets.give(Disown(names))
 
     def clear(self) -> None:
-        """Forget everything, as `forget` does. Events tell of each name; call this before the device's index is cleared,
-        whose event says that no tier has anything."""
+        """Forget everything here, as `forget` does. Events tell of each name; call this before the device's index is cleared,
+        whose event says that no tier has anything. What lies in the store was computed well, or by others."""
         for tier in self._tiers:
             tier.clear()
+
+    def leave(self) -> None:
+        """Everything was forgotten since names mean something else from here on: nothing that lies in the store is what
+        it is called any more, not to this engine."""
+        if self.store is not None:
+            self.store.clear()
+            self._tickets.give(Disown(None))
+            self._left = self._tickets.last
 
     def distrusted(self) -> list[int]:
         """Disk slots whose records, whatever they say, must not be believed after a restart (`SlotIndex.distrusted`).
@@ -280,7 +242,8 @@ class Offload:
     @property
     def busy(self) -> bool:
         """Whether any order, queued or taken, has news to come."""
-        return bool(self._saves or self._writes or self._loads)
+        sending = self._fresh or self._unsent or self._sends
+        return bool(self._saves or self._writes or sending) or self._loads.busy
 
     def blocks_held(self) -> list[int]:
         """Device blocks of saves that are queued or under way, once for each."""
@@ -288,24 +251,25 @@ class Offload:
 
     @property
     def stats(self) -> tuple[TierStats, ...]:
-        """Of the host tier and, where there is one, the disk tier."""
-        return tuple(tier.stats for tier in self._tiers)
+        """Of the host tier and, where there are such, the disk tier and the store."""
+        store = () if self.store is None else (self.store.stats,)
+        return (*(tier.stats for tier in self._tiers), *store)
 
     def audit(self) -> None:
         """Raise `AssertionError` with a sentence where slots and the orders under way disagree. O(slots)."""
         saves, writes = self._saves.values(), self._writes.values()
-        sources = [source for load in self._loads.values() for source in load.sources]
+        unsent = [*self._fresh, *(save for _, save in self._unsent)]
+        sources = self._loads.sources
         from_disk = [source for source in sources if source.disk_slot is not None]
         self.host.audit(
-            filling=[save.host_slot for save in saves] + [source.host_slot for source in from_disk],
-            pinned=[write.host_slot for write in writes] + [source.host_slot for source in sources],
+            filling=[save.host_slot for save in saves]
+            + [source.host_slot for source in sources if source.fills_host],
+            pinned=[save.host_slot for save in (*writes, *unsent)]
+            + [send.host_slot for send in self._sends.values()]
+            + [source.host_slot for source in sources],
         )
         if self.disk is not None:
             self.disk.audit(
                 filling=[write.disk_slot for write in writes if write.disk_slot is not None],
                 pinned=[source.disk_slot for source in from_disk if source.disk_slot is not None],
             )
-
-    def _next_ticket(self) -> int:
-        self._last_ticket += 1
-        return self._last_ticket

@@ -58,7 +58,9 @@ def fits(q_TQD: torch.Tensor, kv_cache: torch.Tensor, window: int | None) -> boo
     if found is None or found.compiles is False:
         return False
     cache_rows = blocks * layers * 2 * block_size
-    return can_use_descriptors(head_dim, block_size, 64, q_TQD.dtype, kv_cache.dtype, cache_rows)
+    return kv_cache.is_contiguous() and can_use_descriptors(
+        head_dim, block_size, 64, q_TQD.dtype, kv_cache.dtype, cache_rows
+    )
 
 
 def hopper_attention(

@@ -160,7 +160,7 @@ def prefill_attention(
     row_tiles = -(-min(QUERY_TILE, inputs.max_query_len) * group // tiling.rows)
     cache_rows = blocks * layers * 2 * block_size
     if descriptors is None:
-        descriptors = can_use_descriptors(
+        descriptors = kv_cache.is_contiguous() and can_use_descriptors(
             head_dim, block_size, tiling.keys, q_TQD.dtype, kv_cache.dtype, cache_rows
         )
     kv = kv_cache

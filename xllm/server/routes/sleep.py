@@ -10,13 +10,15 @@ from xllm.core.errors import InvalidRequest
 from xllm.server import state as server_state
 
 router = APIRouter()
+LONGEST_WAIT_S = 3600
 
 
 @router.post("/sleep")
-async def sleep(request: Request, level: str = "1") -> Response:
+async def sleep(request: Request, level: str = "1", wait: str = "0") -> Response:
+    """`wait`: so many seconds may pass until what runs has ended. Whoever comes meanwhile is told to come again."""
     if level != "1":
         raise InvalidRequest("level must be 1: weights rest in the host's memory", param="level")
-    await server_state.of(request).engine.sleep()
+    await server_state.of(request).engine.sleep(_seconds(wait))
     return JSONResponse({"is_sleeping": True})
 
 
@@ -29,3 +31,13 @@ async def wake_up(request: Request) -> Response:
 @router.get("/is_sleeping")
 async def is_sleeping(request: Request) -> Response:
     return JSONResponse({"is_sleeping": server_state.of(request).engine.asleep})
+
+
+def _seconds(wait: str) -> float:
+    try:
+        seconds = float(wait)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= LONGEST_WAIT_S:
+        raise InvalidRequest(f"wait must be seconds, {LONGEST_WAIT_S} at most, not {wait!r}", param="wait")
+    return seconds
