@@ -163,6 +163,7 @@ def test_what_is_loaded_is_there_for_the_next_step(rig):
     busy = torch.randn(512, 512, device=rig.device.torch_device)
     for n in range(1, 10):
         rig.bytes_NB[1:3] = n
+        rig.device.mark().wait()  # nothing in flight touches what is to be filled
         for _ in range(5):
             busy = (busy @ busy).softmax(0)
         sources = [Source(name_of(0), 0, None), Source(name_of(0), n % 7 + 1, 0)]

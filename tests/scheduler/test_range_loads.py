@@ -102,6 +102,23 @@ def test_where_many_come_at_once_a_prefix_is_seen_at_home():
     r.check_outputs()
 
 
+def test_who_shares_a_prefix_at_home_finds_pages_for_the_rest():
+    def crowd(r):
+        have = len(r.added)
+        return [request(f"r{i}", [1] * 16 + [i % 50] * 4, 8) for i in range(have, have + 4)]
+
+    r = rig(hits_a_step=0, max_num_seqs=4)
+    r.run(request("first", [1] * 16, 2))
+    for _ in range(2):
+        r.run(*crowd(r))
+        r.scheduler.reset_prefix_cache()
+        r.run(request(f"r{len(r.added)}", [1] * 16, 2))
+    before = orders(r)
+    r.run(*crowd(r))
+    assert orders(r) - before <= 4
+    r.check_outputs()
+
+
 def test_who_comes_with_the_first_of_a_prefix_waits_for_it():
     """What a kernel writes through one place another need not see through a second one until the step is over."""
     r = rig()

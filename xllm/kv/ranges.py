@@ -1,13 +1,14 @@
 """Where requests' blocks lie in the address space of a `contiguous` pool: ranges of places, and the pages mapped there.
 
-The pool hands out *pages* (its blocks), each of which has a place of its own, its *home*. Every running request has a *range*: as many neighbouring
-*places* as the longest sequence has blocks. Block `j` of a request is seen at place `j` of its range, where its page is
-mapped; pages of a cached prefix are mapped into several ranges at once, or, where many come in one step, seen at home. Which page lies where is decided here and carried out by the executor
-(`xllm.core.places`), in the order of the orders; a plan says how many of them must have been carried out before it runs.
+The pool hands out *pages* (its blocks), each of which has a place of its own, its *home*. Every running request has a
+*range*: as many neighbouring *places* as the longest sequence has blocks. Block `j` of a request is seen at place `j` of its
+range, where its page is mapped; pages of a cached prefix are mapped into several ranges at once or, where many come in one
+step, seen at home. Which page lies where is decided here and carried out by the executor (`xllm.core.places`), in the order
+of the orders; a plan says how many of them must have been carried out before it runs.
 
 Mapping is a cache. What a request leaves stays mapped, so that the next one of about its size finds pages that need no
-mapping: `ready` ranges, by size class, whose pages nobody caches, one of which is always being prepared; when all memory
-is cached, the range of what is given up next; for who shares a prefix one that shows it already, as for the next turn of a
+mapping: *ready* ranges show pages that are free, and one more of them is always being prepared; when all memory is cached,
+the range of what is given up next is taken; for who shares a prefix one that shows it already, as for the next turn of a
 conversation. A page that went to somebody else meanwhile may stay mapped in the old place: nobody looks there.
 
 A place is changed only while no step in flight can touch it: its range is free again when the step after which its
@@ -21,6 +22,7 @@ from itertools import islice
 
 from xllm.core.places import Clear, Place, PlaceOrder
 from xllm.kv.pool import BlockPool
+from xllm.kv.ready import ReadyRanges
 
 READY = 4  # free ranges with free pages mapped that are kept for who comes
 HITS_A_STEP = (
@@ -60,7 +62,10 @@ class Ranges:
         ]  # by page: ranges, all but a few of them
         self._bare = list(range(num_ranges - 1, -1, -1))  # nobody's, nothing mapped
         self._idle: OrderedDict[int, None] = OrderedDict()  # nobody's, least recently used first
-        self._ready: dict[int, dict[int, None]] = {}  # of the idle ones: by size class, then range
+        self._ready = ReadyRanges()  # of the idle ones
+        self._own_from: dict[
+            int, int
+        ] = {}  # by range that somebody has: blocks of the cached prefix it began with
         self._leaving: deque[tuple[int, int]] = deque()  # (step, range), steps ascending
         self._usual = 1  # blocks that the last request without a cached prefix began with
 
@@ -78,8 +83,8 @@ class Ranges:
         are available, and there is a range."""
         chosen = self._choose(hits, count)
         self._idle.pop(chosen, None)
-        for ranges in self._ready.values():
-            ranges.pop(chosen, None)
+        self._ready.discard(chosen)
+        self._own_from[chosen] = len(hits)
         self._show(chosen, hits)
         if not hits:
             self._usual = count
@@ -148,8 +153,7 @@ class Ranges:
     def cache_forgotten(self) -> None:
         """The pool has forgotten its cached prefixes: what free ranges show is free."""
         for idle in self._idle:
-            if self._is_ready(idle):
-                self._make_ready(idle)
+            self._make_ready(idle, next((j for j, page in enumerate(self._mapped[idle]) if page != BARE), 0))
 
     def forget(self, *, unmapped: bool) -> None:
         """No request runs, and what is mapped is not to be relied on; `unmapped`: it has gone by itself."""
@@ -163,6 +167,7 @@ class Ranges:
         self._later.clear()
         self._idle.clear()
         self._ready.clear()
+        self._own_from.clear()
         for ranges in self._shown_in:
             ranges.clear()
         self._bare = list(range(len(self._mapped) - 1, -1, -1))
@@ -172,11 +177,10 @@ class Ranges:
 
     def _choose(self, hits: Sequence[int], count: int) -> int:
         """The range that needs least mapping."""
-        if hits:
-            if (shows := self._idle_with(hits[-1], list(hits))) is not None:
-                return shows
-        elif self._pool.num_free >= count:
-            if (ready := self._take_ready(count)) is not None:
+        if hits and (shows := self._idle_with(hits[-1], list(hits))) is not None:
+            return shows
+        if self._pool.num_free >= count:
+            if (ready := self._ready.take(len(hits), count, self._is_ready)) is not None:
                 return ready
         elif (oldest := self._pool.oldest) is not None and (shows := self._idle_with(oldest, [])) is not None:
             return shows
@@ -191,21 +195,9 @@ class Ranges:
                 return found
         return None
 
-    def _take_ready(self, count: int) -> int | None:
-        """One of the least size class that has enough pages, or of the largest there is."""
-        wanted = count.bit_length()
-        classes = sorted(self._ready, key=lambda size: (size < wanted, abs(size - wanted)))
-        for size in classes:
-            ranges = self._ready[size]
-            while ranges:
-                found = ranges.popitem()[0]
-                if self._is_ready(found):
-                    return found
-        return None
-
-    def _is_ready(self, idle: int) -> bool:
-        first = self._mapped[idle][0] if self._mapped[idle] else BARE
-        return first != BARE and self._pool.is_free(first)
+    def _is_ready(self, idle: int, start: int) -> bool:
+        page = self._mapped[idle][start] if start < len(self._mapped[idle]) else BARE
+        return page != BARE and self._pool.is_free(page)
 
     def _show(self, taken: int, hits: Sequence[int]) -> None:
         """A cached prefix at the beginning of a range, where that is soon done."""
@@ -251,43 +243,42 @@ class Ranges:
             self._order(Place(place + j, page))
 
     def _rest(self, left: int) -> None:
+        start = self._own_from.pop(left)
         if not self._mapped[left]:
             self._bare.append(left)
             return
         self._idle[left] = None
-        if self._is_ready(left):
-            self._make_ready(left)
+        self._make_ready(left, start)
 
-    def _make_ready(self, idle: int) -> None:
-        self._ready.setdefault(len(self._mapped[idle]).bit_length(), {})[idle] = None
+    def _make_ready(self, idle: int, start: int) -> None:
+        if self._is_ready(idle, start):
+            self._ready.add(idle, start, len(self._mapped[idle]) - start)
 
     def _prepare(self) -> None:
         """One more free range with free pages, as many as the last request took, unless there are enough of them. They are
         those that the pool hands out last."""
         pool, usual = self._pool, min(self._usual, self._per_range)
-        if not self._bare or pool.num_free < 4 * usual or sum(map(len, self._ready.values())) >= READY:
+        if not self._bare or pool.num_free < 4 * usual or self._ready.count(0) >= READY:
             return
-        ready = {found for ranges in self._ready.values() for found in ranges}
         pages: list[int] = []
         for looked, page in enumerate(pool.free_blocks()):
             if len(pages) == usual or looked == 4 * usual:
                 break
-            if ready.isdisjoint(self._shown_in[page]):
+            if not any(shows in self._ready for shows in self._shown_in[page]):
                 pages.append(page)
         if not pages:
             return
         prepared = self._bare.pop()
         self._lay(prepared, 0, pages)
         self._idle[prepared] = None
-        self._make_ready(prepared)
+        self._make_ready(prepared, 0)
 
     def _trim(self) -> None:
         """Not more mapped than the system allows, as far as it is nobody's."""
         while self._most_mapped is not None and self._num_mapped > self._most_mapped and self._idle:
             oldest = next(iter(self._idle))
             del self._idle[oldest]
-            for ranges in self._ready.values():
-                ranges.pop(oldest, None)
+            self._ready.discard(oldest)
             self._clear(oldest)
             for page in self._mapped[oldest]:
                 if page != BARE:
@@ -325,8 +316,7 @@ class Ranges:
             raise AssertionError(f"{self._num_mapped} places are said to be mapped")
         if any(self._mapped[bare] for bare in self._bare):
             raise AssertionError("something is mapped in a bare range")
-        if not self._idle.keys() >= {found for ranges in self._ready.values() for found in ranges}:
-            raise AssertionError("a range is ready that somebody has")
+        self._ready.audit(self._idle.__contains__)
 
     @property
     def num_mapped(self) -> int:
