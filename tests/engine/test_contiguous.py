@@ -1,19 +1,14 @@
 """Sequences that see their KV at addresses of their own, through the engine: the same tokens, whatever is mapped where."""
 
-import random
 from typing import Any
 
 import pytest
 
 from tests import checkpoints
-from tests.engine.test_elastic import EVERYWHERE
+from tests.engine.pools import BLOCK_BYTES, EVERYWHERE, LONGEST, OUTPUT, PARAMS, generate, some_prompts
 from tests.engine.test_equality import BACKENDS, BLOCK, GRANULE
-from xllm import LLM, SamplingParams
+from xllm import LLM
 from xllm.core.errors import ConfigError
-
-LONGEST, OUTPUT = 112, 20
-BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 16 * 4
-PARAMS = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +18,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts():
-    rng = random.Random(4)
-    shared = [rng.randrange(3, checkpoints.VOCAB) for _ in range(30)]
-    own = [[rng.randrange(3, checkpoints.VOCAB) for _ in range(3 + 3 * i)] for i in range(16)]
-    return [shared[: 5 * (i % 4)] + tail for i, tail in enumerate(own)]
+    return some_prompts()
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +33,6 @@ def engine(model: Any, backend: str, *, blocks: int = 256, depth: int = 2, **mor
         kv_pool="contiguous", kv_cache_memory_bytes=blocks * each, async_scheduling=depth,
         **BACKENDS[backend], **more,
     )  # fmt: skip
-
-
-def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], PARAMS, use_tqdm=False)
-    return [list(out.outputs[0].token_ids) for out in outputs]
 
 
 def places(llm: LLM) -> Any:

@@ -1,22 +1,14 @@
 """A pool whose memory comes and goes, through the engine: the same tokens, and no more memory than is used."""
 
-import random
 from typing import Any
 
 import pytest
 
 from tests import checkpoints
+from tests.engine.pools import BLOCK_BYTES, EVERYWHERE, LONGEST, OUTPUT, generate, some_prompts
 from tests.engine.test_equality import BACKENDS, BLOCK
-from xllm import LLM, SamplingParams
+from xllm import LLM
 from xllm.core.errors import ConfigError, InvalidRequest
-
-LONGEST, OUTPUT = 112, 20
-BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 16 * 4
-PARAMS = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
-EVERYWHERE = [
-    *("cpu", "graphs", "eager"),
-    *(pytest.param(f"cuda-{how}", marks=pytest.mark.gpu) for how in ("graphs", "eager")),
-]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +18,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts():
-    rng = random.Random(4)
-    shared = [rng.randrange(3, checkpoints.VOCAB) for _ in range(30)]
-    own = [[rng.randrange(3, checkpoints.VOCAB) for _ in range(3 + 3 * i)] for i in range(16)]
-    return [shared[: 5 * (i % 4)] + tail for i, tail in enumerate(own)]
+    return some_prompts()
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +31,6 @@ def engine(model: Any, backend: str, *, blocks: int = 4096, depth: int = 2, **mo
         str(model), dtype="float32", max_model_len=LONGEST, block_size=BLOCK, max_num_seqs=8, threads=1, kv_pool="elastic",
         kv_cache_memory_bytes=blocks * BLOCK_BYTES, async_scheduling=depth, **BACKENDS[backend], **more,
     )  # fmt: skip
-
-
-def generate(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], PARAMS, use_tqdm=False)
-    return [list(out.outputs[0].token_ids) for out in outputs]
 
 
 @pytest.mark.parametrize("backend", EVERYWHERE)

@@ -5,6 +5,7 @@ is mapped at no place, at one or at many. What is written through one place is r
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -193,6 +194,40 @@ class PageBooks:
         if first < 0 or count <= 0 or first + count > limit:
             raise ValueError(f"{count} {what} from {first} on are not among {limit}")
         return range(first, first + count)
+
+
+class BookedSpace(ABC):
+    """What every space does alike, by its books."""
+
+    _books: PageBooks
+
+    @property
+    def created(self) -> int:
+        return self._books.created
+
+    @property
+    def mappings(self) -> int:
+        return self._books.mappings
+
+    def page_at(self, place: int) -> int | None:
+        return self._books.page_at(place)
+
+    @abstractmethod
+    def unmap(self, place: int, count: int = 1, *, bare_ok: bool = False) -> None: ...
+
+    @abstractmethod
+    def destroy(self, first: int, count: int) -> None: ...
+
+    def clear(self) -> None:
+        for place, count in self._books.mapped():
+            self.unmap(place, count)
+
+    def close(self) -> None:
+        places, pages = self._books.close()
+        for place, count in places:
+            self.unmap(place, count)
+        for first, count in pages:
+            self.destroy(first, count)
 
 
 def runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -26,7 +26,7 @@ import torch
 
 from xllm.core.errors import ConfigError
 from xllm.device.facts import cpu_facts
-from xllm.device.pages import PageBooks, runs
+from xllm.device.pages import BookedSpace, PageBooks, runs
 
 # numbers of Linux (mman.h, falloc.h) that Python does not name in all its versions
 _PROT_NONE = 0
@@ -41,7 +41,7 @@ _ITS_DEFAULT = 65530
 _SHARE = 0.75  # of the mappings that a process may have
 
 
-class CpuPages:
+class CpuPages(BookedSpace):
     """See `PageSpace`. To touch a bare place is a segmentation fault.
 
     A page is cleared by the system when it is first touched. Page tables are filled when a place is mapped, so that work
@@ -66,17 +66,6 @@ class CpuPages:
         self._file = os.memfd_create("xllm-kv-pages")
         self._close_file = weakref.finalize(self, os.close, self._file)
         os.ftruncate(self._file, pages * page_bytes)
-
-    @property
-    def created(self) -> int:
-        return self._books.created
-
-    @property
-    def mappings(self) -> int:
-        return self._books.mappings
-
-    def page_at(self, place: int) -> int | None:
-        return self._books.page_at(place)
 
     def create(self, first: int, count: int) -> None:
         with self._books.creating(first, count):
@@ -118,16 +107,8 @@ class CpuPages:
                     self._put(first, many, _PROT_NONE, _RESERVED, -1, 0)
                     self._apart += apart
 
-    def clear(self) -> None:
-        for place, count in self._books.mapped():
-            self.unmap(place, count)
-
     def close(self) -> None:
-        places, pages = self._books.close()
-        for place, count in places:
-            self.unmap(place, count)
-        for first, count in pages:
-            self.destroy(first, count)
+        super().close()
         self._close_file()
 
     def _lay(self, place: int, pages: Sequence[int], flags: int) -> None:

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from xllm.device.cuda_driver import CudaDriver, zero_beside
-from xllm.device.pages import PageBooks, runs
+from xllm.device.pages import BookedSpace, PageBooks, runs
 
 
-class CudaPages:
+class CudaPages(BookedSpace):
     """See `PageSpace`, and `CudaRange` for what may not touch bare places. Who gives kernels the whole range keeps its
     first place mapped. `torch` must have opened the device.
 
@@ -30,17 +30,6 @@ class CudaPages:
         self._stream = torch.cuda.Stream(device)
         # holds on to the addresses, and so does every view of it
         self.tensor = self._driver.tensor(addresses)
-
-    @property
-    def created(self) -> int:
-        return self._books.created
-
-    @property
-    def mappings(self) -> int:
-        return self._books.mappings
-
-    def page_at(self, place: int) -> int | None:
-        return self._books.page_at(place)
 
     def create(self, first: int, count: int) -> None:
         """What is in the memory is cleared when it is first mapped: only then has it an address."""
@@ -76,17 +65,6 @@ class CudaPages:
             for first, many in self._books.not_bare(place, count) if bare_ok else [(place, count)]:
                 with self._books.unmapping(first, many):
                     self._driver.unmap(*self._at(first, many))
-
-    def clear(self) -> None:
-        for place, count in self._books.mapped():
-            self.unmap(place, count)
-
-    def close(self) -> None:
-        places, pages = self._books.close()
-        for place, count in places:
-            self.unmap(place, count)
-        for first, count in pages:
-            self.destroy(first, count)
 
     def _zero(self, place: int, pages: Sequence[int], fresh: Set[int]) -> None:
         """Those that are mapped for the first time, and waits for it. That is at start, before there is work."""
