@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xllm.core.seeds import GOLDEN, MASK, mix
+from xllm.core.seeds import GOLDEN, MASK, SeedSource, mix
 
 
 def test_the_published_sequence_from_seed_1234567():
@@ -19,3 +19,13 @@ def test_any_integer_gives_64_bits_of_its_low_64(x):
 @given(st.sets(st.integers(0, MASK), min_size=2, max_size=50))
 def test_different_seeds_stay_different(seeds):
     assert len({mix(seed) for seed in seeds}) == len(seeds)
+
+
+def test_a_source_gives_the_same_seeds_again_and_other_streams_give_others():
+    def drawn(*source: int) -> list[int]:
+        seeds = SeedSource(*source)
+        return [seeds.draw() for _ in range(50)]
+
+    assert drawn(3) == drawn(3) == drawn(3, 0)
+    assert len({*drawn(3), *drawn(4), *drawn(3, 1), *drawn(3, 2), *drawn(-3, MASK)}) == 250
+    assert all(0 <= seed <= MASK for seed in drawn(-3, MASK))

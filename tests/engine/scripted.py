@@ -97,7 +97,9 @@ def make_core(
     scheduler = Scheduler(config, BlockPool(blocks, 8, events=None if events is None else events.log))
     front, inbox = MemoryChannel.pair()
     executor = Executor(lambda: runner or ScriptedRunner(), depth=depth)
-    admission = Admission(scheduler, eos_ids=frozenset({EOS}), max_model_len=config.max_model_len, seed=0)
+    admission = Admission(
+        scheduler, eos_ids=frozenset({EOS}), max_model_len=config.max_model_len, seed=0, vocab_size=VOCAB
+    )
     return EngineCore(scheduler, executor, inbox, admission, depth=depth, events=events), front
 
 

@@ -1,3 +1,4 @@
+import msgspec
 import pytest
 
 from tests.engine.scripted import EOS, make_core, submit
@@ -59,6 +60,23 @@ def test_seeds_of_those_who_bring_none_differ_and_follow_the_engines():
 def test_a_deadline_is_told_from_now_and_kept_on_the_scheduler_clock():
     message = Submit(request_id="r", prompt_token_ids=[1], params=SamplingParams(), deadline_s=2.5)
     assert admit(message, now=100.0)[0].deadline == 102.5
+
+
+def test_a_seed_beside_the_parameters_goes_first():
+    both = msgspec.structs.replace(make(seed=11), seed=12)
+    alone = msgspec.structs.replace(make(), seed=-1)
+    assert [request.seed for request in admit(both, alone)] == [12, 2**64 - 1]
+
+
+def test_what_was_begun_elsewhere_is_taken_over():
+    begun = msgspec.structs.replace(
+        make(max_tokens=9), output_token_ids=(4, 5), waited_s=2.5, num_prompt_logprobs=1
+    )
+    (request,) = admit(begun, now=100.0)
+    assert (request.output_token_ids, request.max_total_tokens, request.arrival) == ([4, 5], 12, 97.5)
+    assert request.num_prompt_logprobs == 2, "who has a token has had them all"
+    (unborn,) = admit(msgspec.structs.replace(begun, output_token_ids=()))
+    assert unborn.num_prompt_logprobs == 1
 
 
 def test_a_refusal_is_the_one_terminal_output():

@@ -56,6 +56,13 @@ def request(
     return Request(id=id, prompt_token_ids=prompt, params=sampling, arrival=arrival, **fields)
 
 
+def begun_elsewhere(request: Request, count: int) -> Request:
+    """So many of its tokens, or all, have been put out by another engine."""
+    request.output_token_ids = alone(request)[0][:count]
+    request.num_prompt_logprobs = len(request.prompt_token_ids) - 1 if request.output_token_ids else 0
+    return request
+
+
 class Mirror:
     """What somebody who applies the pool's events knows of its index. Doubts every event."""
 
@@ -123,6 +130,8 @@ class Rig:
         self.step_s = step_s
         self.check_every = check_every  # move; else only at the end, for long runs
         self.added: dict[str, Request] = {}
+        # what had been put out elsewhere, by request id: tokens, and of how many of the prompt logprobs
+        self.given: dict[str, tuple[list[int], int]] = {}
         self.outputs: dict[str, list[SequenceOutput]] = defaultdict(list)
         self.plans: list[StepPlan] = []
 
@@ -142,10 +151,12 @@ class Rig:
     # moves
 
     def add(self, request: Request) -> Request:
-        self.scheduler.add(request)
+        given = list(request.output_token_ids), request.num_prompt_logprobs
+        ended = self.scheduler.add(request)
         self.added[request.id] = request
+        self.given[request.id] = given
         self.executor.salts[request.id] = request.cache_salt
-        self.check()
+        self.take([ended] if ended else [])
         return request
 
     def plan(self) -> StepPlan | None:
@@ -272,7 +283,9 @@ class Rig:
         """Every request ended once, with what it outputs alone (or the beginning of it, where it was cut short)."""
         for id, request in self.added.items():
             expected, finish = alone(request)
-            tokens = self.tokens(id)
+            given, tokens = self.given[id][0], self.tokens(id)
+            assert expected[: len(given)] == given, "given is what would have been put out here"
+            expected = expected[len(given) :]
             if self.finish(id) in (Finish.ABORT, Finish.ERROR):
                 assert tokens == expected[: len(tokens)], id
             else:
@@ -286,7 +299,7 @@ class Rig:
             assert [row.token_ids[0] for output in outputs for row in output.logprobs] == tokens
         if request.params.prompt_logprobs is not None:
             found = [row.token_ids[0] for output in outputs for row in output.prompt_logprobs]
-            expected = request.prompt_token_ids[1:]
+            expected = request.prompt_token_ids[1 + self.given[request.id][1] :]
             assert found == (expected if tokens else expected[: len(found)])
         else:
             assert not any(output.prompt_logprobs for output in outputs)

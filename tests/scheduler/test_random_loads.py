@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from tests.scheduler.fake_executor import VOCAB
-from tests.scheduler.rig import Rig, request
+from tests.scheduler.rig import Rig, begun_elsewhere, request
 from tests.state_machines import explore
 from xllm.core.errors import InvalidRequest
 from xllm.core.output import Finish
@@ -57,6 +57,7 @@ arrivals = st.fixed_dictionaries(
         "seed": st.integers(0, 2),
         "logprobs": st.sampled_from([None, None, 0]),
         "prompt_logprobs": st.sampled_from([None, None, None, 0]),
+        "begun": st.sampled_from([0, 0, 0, 0, 1, 2, 5, 99]),
     }
 )
 
@@ -98,20 +99,20 @@ class Load(RuleBasedStateMachine):
         if self.scarce:
             arrival |= {"max_tokens": None, "stop_ids": frozenset()}
         params["min_tokens"] = min(arrival["min_tokens"], arrival["max_tokens"] or 3)
-        self.rig.add(
-            request(
-                f"r{len(self.rig.added)}",
-                prompt,
-                arrival["max_tokens"],
-                arrival=self.rig.now,
-                params=params,
-                priority=arrival["priority"],
-                deadline=None if arrival["slack"] is None else self.rig.now + arrival["slack"],
-                cache_salt=arrival["salt"],
-                stop_ids=arrival["stop_ids"],
-                seed=arrival["seed"],
-            )
+        new = request(
+            f"r{len(self.rig.added)}",
+            prompt,
+            arrival["max_tokens"],
+            arrival=self.rig.now,
+            params=params,
+            priority=arrival["priority"],
+            deadline=None if arrival["slack"] is None else self.rig.now + arrival["slack"],
+            cache_salt=arrival["salt"],
+            stop_ids=arrival["stop_ids"],
+            seed=arrival["seed"],
+            max_total_tokens=MODEL_LEN,
         )
+        self.rig.add(begun_elsewhere(new, arrival["begun"]))
 
     @rule()
     def refuse(self):

@@ -58,6 +58,7 @@ STATS = SchedulerStats(1, 2, 1, 0.5, 100, 50, 0, 3, 200, 30, 17)
 ONE_OF_EACH = [
     Submit(
         request_id="r", prompt_token_ids=[1, 2, 3], priority=-3, deadline_s=1.5, cache_salt="tenant",
+        waited_s=0.5, seed=2**64 - 1, output_token_ids=[4, 5], num_prompt_logprobs=2,
         params=SamplingParams(stop=["a"], logit_bias={3: -1.5}, seed=2**64 - 1, bad_words_token_ids=[[1, 2]]),
     ),
     SubmitMany(

@@ -13,11 +13,11 @@ from xllm.core.sampling import SamplingParams
 
 
 class NewSequence(msgspec.Struct, frozen=True):
-    """Full data of a sequence the first time a slot holds it (admission, or resumption after a preemption)."""
+    """Full data of a sequence the first time a slot holds it (admission, or resumption after a preemption or from elsewhere)."""
 
     slot: int
     request_id: str
-    token_ids: Sequence[int]  # prompt, then what was generated before a preemption
+    token_ids: Sequence[int]  # prompt, then what was generated before a preemption, or elsewhere
     prompt_len: int  # how many of token_ids are prompt (penalties tell prompt from output)
     params: SamplingParams
     seed: int  # resolved; 64 bits unsigned

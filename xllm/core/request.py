@@ -34,7 +34,8 @@ class Request:
 
     # where it stands: the scheduler's
     phase: Phase = Phase.WAITING
-    output_token_ids: list[int] = field(default_factory=list)  # known to the host; lags what is in flight
+    # known to the host; lags what is in flight. At the beginning what was generated elsewhere
+    output_token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is written, or will be by a step already submitted
     num_in_flight: int = 0  # sampled tokens the device has or will have but the host does not know yet
     slot: int = -1

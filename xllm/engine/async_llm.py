@@ -15,6 +15,7 @@ from xllm.config.options import EngineOptions
 from xllm.core.errors import ConfigError, InvalidRequest, Unavailable
 from xllm.core.output import RequestOutput
 from xllm.core.sampling import SamplingParams
+from xllm.core.seeds import SeedSource
 from xllm.core.stats import SchedulerStats
 from xllm.engine.build import decide
 from xllm.engine.checkpoint import open_tokenizer, sampling_defaults
@@ -51,14 +52,18 @@ class AsyncLLM:
     """Belongs to one event loop. A pump thread receives from the engine (in-process: that thread *is* the engine)."""
 
     def __init__(
-        self, options: EngineOptions, config: EngineConfig, client: EngineClient, tokenizer: Tokenizer
-    ):
+        self, options: EngineOptions, config: EngineConfig, client: EngineClient, tokenizer: Tokenizer,
+        *, seeds: SeedSource | None = None,
+    ):  # fmt: skip
+        """`seeds` for requests that bring none are those of the engine's seed by default. They are drawn here, so that a
+        client can let another engine go on with a request."""
         self.options = options
         self.config = config
         self.tokenizer = tokenizer
         self.default_params = sampling_defaults(options, config)
         self.startup_s = client.startup_s
         self._client = client
+        self._seeds = seeds or SeedSource(config.executor.seed)
         self._outputs = OutputProcessor(tokenizer)
         self._prompts = PromptReader(tokenizer, config.scheduler.max_model_len - 1)
         self._validator = Validator(
@@ -141,6 +146,7 @@ class AsyncLLM:
                     Submit(
                         request_id=child_id, prompt_token_ids=ids, params=child_params,
                         priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
+                        seed=self._seeds.draw() if child_params.seed is None else None,
                     )
                 )  # fmt: skip
             while not finished:

@@ -147,7 +147,7 @@ def _build(
     scheduler = Scheduler(scheduler_config, pool, _offload(config.tiers, log, executor), elastic, ranges)
     admission = Admission(
         scheduler, eos_ids=frozenset(config.model.eos_ids), max_model_len=scheduler_config.max_model_len,
-        seed=config.executor.seed,
+        seed=config.executor.seed, vocab_size=config.model.vocab_size,
     )  # fmt: skip
     core = EngineCore(scheduler, executor, inbox, admission, depth=scheduler_config.depth, events=events)
     return core, config

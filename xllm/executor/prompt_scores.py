@@ -27,8 +27,9 @@ class PromptScores:
         self._wanted: dict[int, tuple[int, int]] = {}  # slot -> (prompt length, how many candidates)
 
     def admit(self, seq: NewSequence) -> None:
+        """A sequence that has an output token has had its prompt's scores."""
         self._wanted.pop(seq.slot, None)
-        if seq.params.prompt_logprobs is not None:
+        if seq.params.prompt_logprobs is not None and len(seq.token_ids) == seq.prompt_len:
             self._wanted[seq.slot] = (seq.prompt_len, seq.params.prompt_logprobs)
 
     def any_in(self, slots: Sequence[int]) -> bool:

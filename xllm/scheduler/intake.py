@@ -1,5 +1,7 @@
 """What is refused: configurations at start, requests at the door. Nothing that passes here can get stuck later."""
 
+from collections.abc import Sequence
+
 from xllm.config.decided import SchedulerConfig
 from xllm.core.errors import ConfigError, InvalidRequest
 from xllm.core.request import Request
@@ -41,10 +43,7 @@ def check_request(request: Request, config: SchedulerConfig, pool: BlockPool) ->
             f"the prompt has {prompt} tokens; with at least one to generate, {config.max_model_len} is the limit",
             param="prompt",
         )
-    try:
-        hashing.pack(request.prompt_token_ids)
-    except ValueError as error:
-        raise InvalidRequest(str(error), param="prompt") from error
+    _check_ids("prompt", request.prompt_token_ids)
     limit = min(request.max_total_tokens, config.max_model_len)
     if request.params.max_tokens is not None:
         limit = min(limit, prompt + request.params.max_tokens)
@@ -53,6 +52,13 @@ def check_request(request: Request, config: SchedulerConfig, pool: BlockPool) ->
             f"a prompt of {prompt} tokens leaves no room to generate below {limit}", param="max_tokens"
         )
     request.max_total_tokens = limit
+    given = len(request.output_token_ids)
+    if given > limit - prompt:
+        raise InvalidRequest(
+            f"{given} tokens of output are given; after a prompt of {prompt} tokens there may be at most {limit - prompt}",
+            param="output_token_ids",
+        )
+    _check_ids("output_token_ids", request.output_token_ids)
     blocks = -(-limit // pool.block_size)
     if blocks > pool.num_blocks:
         raise InvalidRequest(
@@ -60,3 +66,10 @@ def check_request(request: Request, config: SchedulerConfig, pool: BlockPool) ->
             f"{pool.block_size} tokens",
             param="max_tokens",
         )
+
+
+def _check_ids(name: str, token_ids: Sequence[int]) -> None:
+    try:
+        hashing.pack(token_ids)
+    except ValueError as error:
+        raise InvalidRequest(str(error), param=name) from error

@@ -23,6 +23,16 @@ def accept(request: Request, tokens: Sequence[int]) -> tuple[Sequence[int], Fini
     return tokens, None
 
 
+def ended(request: Request) -> SequenceOutput | None:
+    """The terminal output of a request whose given output has an end in it already: no token is to follow."""
+    given, request.output_token_ids = request.output_token_ids, []
+    kept, finish = accept(request, given)
+    request.output_token_ids = given
+    if finish is None:
+        return None
+    return SequenceOutput(request.id, finish=finish, stop_reason=_stop_reason(request, kept[-1], finish))
+
+
 def mismatch(request: Request, sampled: bool, brought: int) -> str | None:
     """Why a number of tokens other than what was asked for cannot be accepted, or None where it can: several, of a
     sequence none of whose later tokens is in flight."""

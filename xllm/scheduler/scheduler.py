@@ -76,15 +76,19 @@ class Scheduler:
 
     # events
 
-    def add(self, request: Request) -> None:
-        """Queue a new request. `InvalidRequest` where it can never run here; nothing is kept of it then."""
+    def add(self, request: Request) -> SequenceOutput | None:
+        """Queue a request, new or begun elsewhere. `InvalidRequest` where it can never run here; the terminal output where
+        what it has put out already ends it. Nothing is kept of it then."""
         if request.id in self._requests:
             raise InvalidRequest(f"a request called {request.id!r} is already here")
         check_request(request, self.config, self.pool)
+        if request.output_token_ids and (ended := outcome.ended(request)) is not None:
+            return ended
         self._arrivals += 1
         request.rank = (self._order(request), self._arrivals)
         self._requests[request.id] = request
         self._waiting.push(request)
+        return None
 
     def abort(self, request_id: str) -> SequenceOutput | None:
         """End a request wherever it stands and return its terminal output; None where no such request lives (any more).
@@ -222,7 +226,8 @@ class Scheduler:
         self._running.seat(request)
         if request.first_scheduled is None:
             request.first_scheduled = now
-            request.num_cached_tokens = cached
+            if not request.output_token_ids:  # else told where it began
+                request.num_cached_tokens = cached
             self.pool.count_lookup(request.num_known, cached)
         builder.introduce(request)
         return True

@@ -15,7 +15,7 @@ from xllm.core.output import SequenceOutput
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
 
-VERSION = 3
+VERSION = 4
 
 
 class WireError(XllmError):
@@ -32,7 +32,12 @@ class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class Submit(_Message, frozen=True):
-    """One sequence to generate. The core answers with SequenceOutputs, exactly one of them terminal."""
+    """One sequence to generate. The core answers with SequenceOutputs, exactly one of them terminal.
+
+    With `output_token_ids` it goes on from there as if it had never stopped: they count for `max_tokens`, `min_tokens`,
+    penalties and the seed's position. Outputs tell of what is new only. Whoever wants to be able to go on elsewhere
+    draws the `seed`.
+    """
 
     request_id: str
     prompt_token_ids: Sequence[int]
@@ -40,6 +45,10 @@ class Submit(_Message, frozen=True):
     priority: int = 0
     deadline_s: float | None = None  # from now; order "deadline" sorts by it
     cache_salt: str = ""
+    waited_s: float = 0.0  # elsewhere, since it arrived there: for its place in the queue
+    seed: int | None = None  # goes before that of `params`; with neither the core draws one
+    output_token_ids: Sequence[int] = ()  # generated for it already, by this engine or another
+    num_prompt_logprobs: int = 0  # how many of them have come; all have where there is an output token
 
 
 class SubmitMany(_Message, frozen=True):
@@ -150,6 +159,45 @@ ToEngine = (
 )
 FromEngine = Loading | Ready | Outputs | Heartbeat | Reply | Fault
 Message = ToEngine | FromEngine
+
+
+# ---- sessions: what clients of an engine that serves several of them (`hub`, `dial`) and the engine say besides
+
+
+class Hello(_Message, frozen=True):
+    """First frame of a client. Without the token that the address asks for it is refused."""
+
+    name: str = ""  # for logs
+    token: str = ""
+
+
+class Welcome(_Message, frozen=True):
+    """The session has begun. A client of which nothing is heard for `silence_s` is forgotten, and so is one that leaves
+    more than `unacknowledged_bytes` untaken: well before that it is to tell (`Beat`) what it has taken."""
+
+    silence_s: float
+    unacknowledged_bytes: int
+    name: str = ""  # whose engine this is
+
+
+class Refused(_Message, frozen=True):
+    """There is no session, or no longer. Everything outstanding of it is aborted."""
+
+    reason: str
+
+
+class Beat(_Message, frozen=True):
+    """Sign of life. From a client, with the bytes of frames that its owner has taken so far; the answer is another."""
+
+    taken: int = 0
+
+
+class Goodbye(_Message, frozen=True):
+    pass
+
+
+FromClient = ToEngine | Hello | Beat | Goodbye
+FromHub = FromEngine | Welcome | Refused | Beat | Goodbye
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Message)
