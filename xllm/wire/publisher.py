@@ -182,7 +182,7 @@ def _attach(to: "zmq.Socket[bytes]", endpoint: str, bind: bool) -> None:
     """`ConfigError` where it cannot be."""
     if "[" in endpoint:
         to.setsockopt(zmq.IPV6, 1)
-    if bind and endpoint.startswith("ipc://") and _answers(endpoint.removeprefix("ipc://")):
+    if bind and endpoint.startswith("ipc://") and unix_answers(endpoint.removeprefix("ipc://")):
         raise ConfigError(f"KV events: {endpoint} is in use by another process")  # ZMQ would take it over
     try:
         (to.bind if bind else to.connect)(endpoint)
@@ -194,7 +194,7 @@ def _attach(to: "zmq.Socket[bytes]", endpoint: str, bind: bool) -> None:
         ) from e
 
 
-def _answers(path: str) -> bool:
+def unix_answers(path: str) -> bool:
     """Whether somebody listens at a Unix socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex("\0" + path[1:] if path.startswith("@") else path) == 0

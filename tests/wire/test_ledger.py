@@ -1,0 +1,98 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.wire.echoing import ask
+from xllm.core.output import Finish, SequenceOutput
+from xllm.wire.ledger import NO_STATS, OWNERS_ONLY, Ledger
+from xllm.wire.messages import (
+    Abort,
+    LimitKv,
+    Outputs,
+    Reply,
+    ResetPrefixCache,
+    Shutdown,
+    Sleep,
+    StartTrace,
+    StopTrace,
+    Submit,
+    SubmitMany,
+    ToEngine,
+    WakeUp,
+)
+
+CLIENTS = st.integers(1, 3)
+NAMES = st.sampled_from(["a", "1/a", "2/a", "a/1", ""])
+
+
+@given(st.lists(st.tuples(st.sampled_from(["ask", "end", "news", "leave"]), CLIENTS, NAMES), max_size=60))
+def test_every_client_hears_of_its_own_requests_and_of_nothing_else(steps):
+    ledger = Ledger(max_requests=100)
+    for client in (1, 2, 3):
+        ledger.join(client)
+    asked: dict[tuple[int, str], str] = {}  # outstanding, and what the engine calls them
+    for what, client, name in steps:
+        inner = asked.get((client, name))
+        if what == "ask":
+            inward, refused = ledger.inward(client, ask(name, [1]), owner=False)
+            assert (inward is None) == (inner is not None) == (refused is not None)
+            if isinstance(inward, Submit):
+                assert inward.request_id not in asked.values()
+                asked[client, name] = inward.request_id
+        elif what == "leave":
+            mine = {key: id for key, id in asked.items() if key[0] == client}
+            abort = ledger.leave(client)
+            assert sorted(mine.values()) == (list(abort.request_ids) if abort else [])
+            asked = {key: id for key, id in asked.items() if key not in mine}
+            ledger.join(client)
+        else:
+            finish = Finish.STOP if what == "end" else None
+            output = SequenceOutput(request_id=inner or f"{client}/{name}", token_ids=[3], finish=finish)
+            heard = list(ledger.outward(Outputs(outputs=[output], stats=NO_STATS)))
+            if inner is not None:
+                renamed = SequenceOutput(request_id=name, token_ids=[3], finish=finish)
+                assert heard == [(client, Outputs(outputs=[renamed], stats=NO_STATS))]
+                if what == "end":
+                    del asked[client, name]
+        for one in (1, 2, 3):
+            assert ledger.outstanding(one) == sum(key[0] == one for key in asked)
+
+
+def test_requests_that_come_together_go_on_together():
+    ledger = Ledger(max_requests=2)
+    ledger.join(1)
+    inward, refused = ledger.inward(1, SubmitMany(requests=[ask(id, [1]) for id in "abc"]), owner=False)
+    assert isinstance(inward, SubmitMany)
+    assert [one.request_id for one in inward.requests] == ["1/a", "1/b"]
+    assert isinstance(refused, Outputs)
+    assert [output.request_id for output in refused.outputs] == ["c"]
+    inward, _ = ledger.inward(1, Abort(request_ids=["b", "c"]), owner=False)
+    assert inward == Abort(request_ids=["1/b"])
+
+
+def test_replies_find_who_asked_and_nobody_who_has_left():
+    ledger = Ledger(max_requests=2)
+    inner = []
+    for client in (1, 2):
+        ledger.join(client)
+        inward, _ = ledger.inward(client, ResetPrefixCache(call_id=5), owner=False)
+        assert isinstance(inward, ResetPrefixCache)
+        inner.append(inward.call_id)
+    ledger.leave(1)
+    assert list(ledger.outward(Reply(call_id=inner[0], value=True))) == []
+    assert list(ledger.outward(Reply(call_id=inner[1], value=True))) == [(2, Reply(call_id=5, value=True))]
+    assert list(ledger.outward(Reply(call_id=inner[1], value=True))) == []  # once
+
+
+def test_what_concerns_the_whole_engine_is_for_owners():
+    ledger = Ledger(max_requests=2)
+    ledger.join(1)
+    calls: list[ToEngine] = [
+        Sleep(call_id=4), WakeUp(call_id=4), LimitKv(call_id=4, blocks=1), StartTrace(call_id=4), StopTrace(call_id=4, directory="/"),
+    ]  # fmt: skip
+    for call in calls:
+        assert ledger.inward(1, call, owner=False) == (None, Reply(call_id=4, refused=OWNERS_ONLY))
+        inward, answer = ledger.inward(1, call, owner=True)
+        assert type(inward) is type(call)
+        assert answer is None
+    assert ledger.inward(1, Shutdown(), owner=False) == (None, None)
+    assert ledger.inward(1, Shutdown(), owner=True) == (Shutdown(), None)
