@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-ROOMS = ["core", "config", "wire", "scheduler", "kv.events", "kv.hashing", "kv.index", "kv.pool"]
+ROOMS = ["core", "config", "wire", "scheduler", "kv.events", "kv.hashing", "kv.index", "kv.pool", "cluster"]
 
 # runs in a fresh interpreter: imports every module of a room with torch made unimportable
 PROBE = """
