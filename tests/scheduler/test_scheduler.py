@@ -477,7 +477,7 @@ class TestHowItStands:
     def test_audit_finds_a_request_on_no_list(self):
         rig = Rig(depth=1)
         rig.add(request("a", [1], 5))
-        rig.scheduler._waiting.pop()
+        rig.scheduler._entrance.waiting.pop()
         with pytest.raises(AssertionError, match="1 requests live, but 0 run and 0 wait"):
             rig.scheduler.audit()
 

@@ -14,11 +14,12 @@ class RunningSet:
     """`prefilling` is sorted by rank; `decoding` is in order of turns, which only matters where a step's budget is
     smaller than their number. A request that was seated stands on one of the lists by the end of the same plan."""
 
-    __slots__ = ("_free_slots", "decoding", "prefilling")
+    __slots__ = ("_free_slots", "_slots", "decoding", "prefilling")
 
     def __init__(self, max_num_seqs: int):
         self.prefilling: list[Request] = []
         self.decoding: list[Request] = []
+        self._slots = max_num_seqs
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
 
     def __iter__(self) -> Iterator[Request]:
@@ -27,6 +28,11 @@ class RunningSet:
     @property
     def has_slot(self) -> bool:
         return bool(self._free_slots)
+
+    @property
+    def num_seated(self) -> int:
+        """Those on the lists, and during a plan those that will be."""
+        return self._slots - len(self._free_slots)
 
     def seat(self, request: Request) -> None:
         request.slot = self._free_slots.pop()

@@ -19,8 +19,8 @@ from xllm.kv.pool import BlockPool
 from xllm.kv.ranges import Ranges
 from xllm.kv.tiers.offload import Offload
 from xllm.scheduler import outcome, policies
-from xllm.scheduler.admission import Demand
 from xllm.scheduler.batching import Load, Stage
+from xllm.scheduler.entrance import Entrance
 from xllm.scheduler.intake import check_config, check_request
 from xllm.scheduler.lower_tiers import LowerTiers
 from xllm.scheduler.running import RunningSet
@@ -52,21 +52,22 @@ class Scheduler:
         self.ranges = ranges  # of addresses, where requests have their own
         self._batching = policies.load("batching", policies.BATCHING, config.batching)
         self._order = policies.load("order", policies.ORDER, config.order)
-        self._admission = policies.load("admission", policies.ADMISSION, config.admission)
         self._chunk = config.long_prefill_token_threshold or config.max_num_batched_tokens
 
         self._requests: dict[str, Request] = {}  # all that live
-        self._waiting = WaitingQueue()
         self._running = RunningSet(config.max_num_seqs)
         self._tables = BlockTables(pool, ranges)
         self.lower = LowerTiers(offload, pool)
         if offload is not None:
             self._tables.on_published = self.lower.save
+        admission = policies.load("admission", policies.ADMISSION, config.admission)
+        self._entrance = Entrance(
+            config, admission, pool, self._tables, self._running, self.lower, elastic, ranges
+        )
         self._in_flight: deque[InFlight] = deque()
 
         self._step = 0  # number of the last plan
         self._arrivals = 0
-        self._burst = 1  # most tokens one step has brought one sequence
         self._decode_starved = 0  # see Load
         self._prefill_starved = 0
         self._preemptions = 0
@@ -87,7 +88,7 @@ class Scheduler:
         self._arrivals += 1
         request.rank = (self._order(request), self._arrivals)
         self._requests[request.id] = request
-        self._waiting.push(request)
+        self._entrance.waiting.push(request)
         return None
 
     def abort(self, request_id: str) -> SequenceOutput | None:
@@ -108,7 +109,7 @@ class Scheduler:
         """
         self._in_flight.clear()
         self._tables.settle(self._step)
-        self._waiting = WaitingQueue()
+        self._entrance.waiting = WaitingQueue()
         self._running.clear()
         outputs = [self._end(request, Finish.ERROR, reason) for request in list(self._requests.values())]
         self._forget_cache()
@@ -163,7 +164,9 @@ class Scheduler:
     def _submit(self, builder: StepBuilder) -> StepPlan:
         prefilled = builder.num_prefill_tokens
         self._prefill_starved = (
-            0 if prefilled or not (self._running.prefilling or self._waiting) else self._prefill_starved + 1
+            0
+            if prefilled or not (self._running.prefilling or self._entrance.waiting)
+            else self._prefill_starved + 1
         )
         self._prompt_tokens += prefilled
         self._step_tokens = self.config.max_num_batched_tokens - builder.budget
@@ -188,9 +191,9 @@ class Scheduler:
         i = 0
         while builder.budget > 0:
             request = prefilling[i] if i < len(prefilling) else None
-            head = self._head() if may_admit else None
+            head = self._entrance.head() if may_admit else None
             if head is not None and (request is None or head.rank < request.rank):
-                may_admit = self._admit(head, builder, now)
+                may_admit = self._entrance.admit(head, builder, now)
                 if may_admit and builder.prefill(head, self._chunk):
                     begun.append(head)
                 elif may_admit:
@@ -204,73 +207,10 @@ class Scheduler:
             else:
                 i += 1
 
-    def _admit(self, request: Request, builder: StepBuilder, now: float) -> bool:
-        """Let the head of the queue run if a slot and memory are there. Nobody overtakes a head that has to wait."""
-        if not self._running.has_slot or (self.ranges is not None and not self.ranges.has_one):
-            return False
-        tables = self._tables
-        hits = tables.find(request)
-        cached = len(hits) * self.pool.block_size
-        if not self.config.chunked_prefill and request.num_known - cached > builder.budget:
-            return False
-        if tables.stands_aside(request, len(hits)):
-            return False
-        demand = self._demand(request, hits)
-        if not self._admission(demand):
-            hits_reusable = self.pool.num_available - demand.available
-            self._comes_by_itself(demand.now + demand.margin + hits_reusable)
-            return False
-        self._waiting.pop()
-        self.lower.settle(request)
-        tables.take(request, hits)
-        self._running.seat(request)
-        if request.first_scheduled is None:
-            request.first_scheduled = now
-            if not request.output_token_ids:  # else told where it began
-                request.num_cached_tokens = cached
-            self.pool.count_lookup(request.num_known, cached)
-        builder.introduce(request)
-        return True
-
-    def _demand(self, request: Request, hits: Sequence[int]) -> Demand:
-        tables = self._tables
-        return Demand(
-            now=tables.blocks_for(request.num_known) - len(hits),
-            at_worst=tables.at_most(request) - len(hits),
-            available=self.pool.num_available - self.pool.num_reusable(hits),
-            margin=self.num_running * tables.blocks_for(self._burst),
-            promised=tables.promised,
-        )
-
-    # tiers below the device
-
-    def _head(self) -> Request | None:
-        """The first that waits, once those before it that have KV to fetch stand aside for it."""
-        head = self._waiting.head
-        while head is not None and self._fetch(head):
-            head = self._waiting.head
-        return head
-
-    def _fetch(self, request: Request) -> bool:
-        lower, tables = self.lower, self._tables
-        if not lower or self.num_running + lower.num_fetching >= self.config.max_num_seqs:
-            return False  # it could not run any sooner
-        hits = tables.find(request)
-        if lower.look(request, len(hits), tables.limit(request)):
-            self._waiting.pop()
-            return True
-        count = lower.wanted(request, len(hits), tables.limit(request))
-        if not count or not self._admission(self._demand(request, hits)):
-            return False
-        if not lower.fetch(request, hits, count, tables.origins(request, len(hits), count)):
-            return False
-        self._waiting.pop()
-        return True
-
     def take(self, news: Sequence[News]) -> None:
         """What became of the orders of `lower`. Requests whose KV has come wait in the queue again."""
         for request in self.lower.take(news):
-            self._waiting.push(request)
+            self._entrance.waiting.push(request)
 
     # memory pressure
 
@@ -281,22 +221,15 @@ class Scheduler:
         False where somebody has to wait for blocks: nobody new may take any then.
         """
         pool = self.pool
-        if len(self._running.decoding) * self._tables.blocks_for(self._burst) <= pool.num_available:
+        if len(self._running.decoding) * self._tables.blocks_for(self._entrance.burst) <= pool.num_available:
             return True
         needed = self._tables.blocks_needed(self._running.decoding)
         while needed > pool.num_available + pool.num_returning:
-            if self._comes_by_itself(needed - pool.num_returning):
+            if self._entrance.comes_by_itself(needed - pool.num_returning):
                 return False
             self._preempt(self._running.last())
             needed = self._tables.blocks_needed(self._running.decoding)
         return needed <= pool.num_available
-
-    def _comes_by_itself(self, available: int) -> bool:
-        """Whether there is memory to come, until so many blocks are available; asks for it."""
-        if self.elastic is None or not (self.elastic.can_grow or self.elastic.busy):
-            return False
-        self.elastic.want(min(available, self.pool.num_blocks))
-        return True
 
     def _preempt(self, request: Request) -> None:
         """Back to the queue with its output so far. Tokens in flight are dropped and sampled again later: sampling depends
@@ -307,7 +240,7 @@ class Scheduler:
         request.num_in_flight = 0
         request.num_preemptions += 1
         self._preemptions += 1
-        self._waiting.push(request)
+        self._entrance.waiting.push(request)
 
     # results
 
@@ -354,10 +287,10 @@ class Scheduler:
             if error is not None:
                 self._distrust(request)
                 return outcome.terminal(request, Finish.ERROR, error)
-            if len(tokens) > self._burst:
-                self._burst = len(tokens)
+            if len(tokens) > self._entrance.burst:
+                self._entrance.burst = len(tokens)
                 if self.ranges is not None:
-                    self.ranges.expect(self._burst)
+                    self.ranges.expect(self._entrance.burst)
         prompt_logprobs: Sequence[TokenLogprobs] = ()
         if found := result.prompt_logprobs.get(i):
             prompt_logprobs = outcome.unsent_prompt_logprobs(request, plan.starts[i], found)
@@ -380,7 +313,7 @@ class Scheduler:
     def _unlist(self, request: Request) -> None:
         """Take a live request out of the list it stands in; who fetches stands in none."""
         if request.phase is Phase.WAITING:
-            self._waiting.remove(request)
+            self._entrance.waiting.remove(request)
         elif request.phase is Phase.RUNNING:
             self._running.remove(request)
 
@@ -411,7 +344,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Those for whom KV is fetched among them."""
-        return len(self._waiting) + self.lower.num_fetching
+        return len(self._entrance.waiting) + self.lower.num_fetching
 
     @property
     def steps_in_flight(self) -> int:
