@@ -9,6 +9,7 @@ import time
 import pytest
 
 from tests.cluster.real import TTL_S
+from tests.processes import freeze
 from xllm.cluster.etcd import Compacted, Etcd, EtcdError, EtcdUnavailable, end_of
 from xllm.cluster.etcd_types import Compare, Put
 from xllm.core.errors import ConfigError
@@ -106,7 +107,7 @@ async def test_nobody_there():
 
 async def test_one_that_hangs_is_waited_for_no_longer_than_said(child, keys):
     etcd = Etcd(child.url, timeout_s=0.3)
-    os.kill(child.pid, signal.SIGSTOP)
+    freeze(child.pid)
     try:
         begin = time.monotonic()
         with pytest.raises(EtcdUnavailable):

@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from tests.cluster.real import TTL_S, until
+from tests.processes import freeze
 from xllm.cluster.etcd import Etcd
 from xllm.cluster.etcd_types import Put
 from xllm.cluster.leadership import Leadership
@@ -67,7 +68,7 @@ async def test_it_gives_up_while_etcd_stands_still(child, candidate):
     a, b = candidate(child.url, "a"), candidate(child.url, "b")
     first = await a.campaign()
     campaign = asyncio.create_task(b.campaign())
-    os.kill(child.pid, signal.SIGSTOP)
+    freeze(child.pid)
     try:
         await asyncio.wait_for(a.lost(first), TTL_S)
         assert not a.still_leader(first) and not campaign.done()

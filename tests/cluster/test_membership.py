@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.cluster.real import TTL_S, Cable, Counter, instance, until
+from tests.processes import freeze
 from xllm.cluster.etcd import Etcd
 from xllm.cluster.instance import LoadSummary, encode
 from xllm.cluster.membership import Changed, Joined, Left, Member, Membership, differences
@@ -118,7 +119,7 @@ async def test_etcd_stands_still_for_longer_than_the_leases(child, cluster):
     await cluster.join(child.url, "a")
     membership = await cluster.watch(child.url)
     async with kept(membership) as changes:
-        os.kill(child.pid, signal.SIGSTOP)
+        freeze(child.pid)
         try:
             await until(lambda: membership.stale_s > TTL_S + 0.5)
         finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import zmq
 
+from tests.processes import freeze
 from tests.wire.echoing import WAIT_S, Echo, ask, until
 from xllm.wire import session
 from xllm.wire.dial import Dial, State
@@ -73,7 +74,7 @@ def test_a_stopped_client_holds_up_nobody(echo, address):
     with process("ask", address) as (child, _), contextlib.closing(Dial(address)) as other:
         assert other.wait_ready(WAIT_S)
         until(lambda: echo.running)
-        child.send_signal(signal.SIGSTOP)
+        freeze(child.pid)
         deadline = time.monotonic() + 4.0
         while not echo.aborted:
             assert time.monotonic() < deadline
@@ -106,7 +107,7 @@ def test_time_in_which_a_process_itself_was_stopped_is_nobodys_silence(tmp_path)
     with process("serve", f"ipc://{tmp_path}/hub") as (child, address), contextlib.ExitStack() as stack:
         clients = [stack.enter_context(contextlib.closing(Dial(address, silence_s=30.0))) for _ in range(5)]
         assert all(client.wait_ready(WAIT_S) for client in clients)
-        child.send_signal(signal.SIGSTOP)
+        freeze(child.pid)
         time.sleep(2.5)  # the hub forgets who is silent for 1.5 s
         child.send_signal(signal.SIGCONT)
         for client in clients:
