@@ -5,20 +5,19 @@ wants to go on makes another Dial, and what was outstanding in this one is lost.
 not there yet, so a new Dial may be made at once.
 """
 
-import contextlib
 import queue
 import secrets
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from xllm.wire.bell import Bell
 from xllm.wire.messages import (
     Beat,
     FromClient,
@@ -89,9 +88,7 @@ class Dial:
             if self._own_context:
                 self._context.destroy(linger=0)
             raise WireError(f"cannot connect to {address}: {e.strerror}") from e
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
-        self._asleep = True
+        self._bell = Bell()
         self._thread = threading.Thread(target=self._run, name="xllm-dial", daemon=True)
         self._thread.start()
 
@@ -102,7 +99,7 @@ class Dial:
         if self.state is not State.READY:
             raise WireError(f"{self.address} is {self.state}{f': {self.reason}' if self.reason else ''}")
         self._outbox.append(message)
-        self._ring()
+        self._bell.ring()
 
     def receive(self, timeout_s: float | None = 0.0) -> Message | None:
         """What came before the session was lost can still be received; after that it is None at once."""
@@ -113,7 +110,7 @@ class Dial:
             return None
         self._taken += size
         if self._untold > self._report_bytes:
-            self._ring()
+            self._bell.ring()
         return message
 
     def wait_ready(self, timeout_s: float) -> bool:
@@ -129,22 +126,15 @@ class Dial:
         if self._closed:
             return
         self._closed = True
-        self._ring()
+        self._bell.ring()
         self._thread.join()
         self._bell.close()
-        self._ear.close()
         if self._own_context:
             self._context.term()
 
     @property
     def _untold(self) -> int:
         return self._taken + self._kept - self._reported
-
-    def _ring(self) -> None:
-        if self._asleep:
-            self._asleep = False
-            with contextlib.suppress(OSError):  # it rings already, or is closed
-                self._bell.send(b"\0")
 
     # the thread
 
@@ -181,17 +171,15 @@ class Dial:
 
     def _converse(self) -> None:
         """Until the session ends. `WireError` says why."""
-        poller = zmq.Poller()
-        for readable in (self._ear, self._dealer, self._events):
-            poller.register(readable, zmq.POLLIN)
+        poller = self._bell.poller((self._dealer, self._events))
         last = beat_at = time.monotonic()
+
+        def patience_ms() -> int:
+            idle_s = 0.0 if self._outbox or self._closed else max(0.0, beat_at - time.monotonic())
+            return round(idle_s * 1000)
+
         while not self._closed:
-            self._asleep = True  # before the outbox is looked at, or what comes now would not ring
-            patience_s = 0.0 if self._outbox or self._closed else max(0.0, beat_at - time.monotonic())
-            ready: dict[Any, int] = dict(poller.poll(round(patience_s * 1000)))
-            self._asleep = False
-            if self._ear.fileno() in ready:
-                self._ear.recv(4096)
+            ready = self._bell.wait(poller, patience_ms)
             now = time.monotonic()
             self._heard, last = self._heard + away_s(now - last), now
             drained = self._take_in(now)

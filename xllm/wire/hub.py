@@ -6,11 +6,9 @@ or does not take what it is sent is forgotten as a whole, with an `Abort` of all
 is ever lost while a client stays.
 """
 
-import contextlib
 import hmac
 import logging
 import queue
-import socket
 import threading
 import time
 from collections import deque
@@ -20,6 +18,7 @@ from typing import Any
 
 import zmq
 
+from xllm.wire.bell import Bell
 from xllm.wire.doors import Door, Listen, open_door
 from xllm.wire.ledger import Ledger
 from xllm.wire.messages import (
@@ -94,9 +93,7 @@ class Hub:
             raise
         # where it listens, with the ports that were found
         self.addresses = [door.address for door in self._doors]
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
-        self._asleep = True  # the thread may be in `poll`, so somebody has to ring
+        self._bell = Bell()
         self._thread = threading.Thread(target=self._run, name="xllm-hub", daemon=True)
         self._thread.start()
 
@@ -109,7 +106,7 @@ class Hub:
     def send(self, message: Message) -> None:
         """Never waits. What is for a client that has gone is for nobody."""
         self._outbox.append(message)
-        self._ring()
+        self._bell.ring()
 
     def receive(self, timeout_s: float | None = 0.0) -> Message | None:
         try:
@@ -125,32 +122,21 @@ class Hub:
         if self._stopping:
             return
         self._stopping = True
-        self._ring()
+        self._bell.ring()
         self._thread.join()
         self._bell.close()
-        self._ear.close()
         self._context.term()
-
-    def _ring(self) -> None:
-        if self._asleep:
-            self._asleep = False
-            with contextlib.suppress(OSError):  # it rings already, or is closed
-                self._bell.send(b"\0")
 
     # the thread
 
+    def _patience_ms(self) -> int:
+        return 0 if self._outbox or self._stopping else round(BEAT_S * 1000)
+
     def _run(self) -> None:
-        poller = zmq.Poller()
-        for readable in (self._ear, *(door.socket for door in self._doors)):
-            poller.register(readable, zmq.POLLIN)
+        poller = self._bell.poller(door.socket for door in self._doors)
         last, stopping = time.monotonic(), False
         while not stopping:
-            self._asleep = True  # before the outbox is looked at, or what comes now would not ring
-            patience = 0 if self._outbox or self._stopping else round(BEAT_S * 1000)
-            ready: dict[Any, int] = dict(poller.poll(patience))
-            self._asleep = False
-            if self._ear.fileno() in ready:
-                self._ear.recv(4096)
+            ready = self._bell.wait(poller, self._patience_ms)
             stopping = self._stopping
             now = time.monotonic()
             away, last = away_s(now - last), now

@@ -8,7 +8,6 @@ empty payload. A number that never comes is lost: what was dropped keeps its num
 Sockets and encoding belong to one thread; `publish` only puts the batch in its queue.
 """
 
-import contextlib
 import errno
 import logging
 import socket
@@ -21,6 +20,7 @@ import zmq
 
 from xllm.config.decided import KvEventsConfig
 from xllm.core.errors import ConfigError
+from xllm.wire.bell import Bell
 
 log = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
@@ -56,8 +56,7 @@ class Publisher(Generic[Batch]):
         except BaseException:
             self._context.destroy(linger=0)
             raise
-        self._bell, self._ear = socket.socketpair()
-        self._bell.setblocking(False)
+        self._bell = Bell()
         self._thread = threading.Thread(target=self._run, name="xllm-kv-events", daemon=True)
         self._thread.start()
 
@@ -69,22 +68,17 @@ class Publisher(Generic[Batch]):
             self.dropped += 1
             return
         self._queue.append((number, batch))
-        self._ring()
+        self._bell.ring()
 
     def close(self) -> None:
         """Send what waits, then end. A second call does nothing."""
         if self._stopping:
             return
         self._stopping = True
-        self._ring()
+        self._bell.ring()
         self._thread.join()
         self._bell.close()
-        self._ear.close()
         self._context.term()
-
-    def _ring(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # it rings already
-            self._bell.send(b"\0")
 
     # opening
 
@@ -111,15 +105,10 @@ class Publisher(Generic[Batch]):
     # the thread
 
     def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._ear, zmq.POLLIN)
-        if self._replay is not None:
-            poller.register(self._replay, zmq.POLLIN)
+        poller = self._bell.poller([] if self._replay is None else [self._replay])
         stopping = False
         while not stopping:
-            ready = dict(poller.poll())
-            if self._ear.fileno() in ready:
-                self._ear.recv(4096)
+            ready = self._bell.wait(poller, lambda: 0 if self._queue or self._stopping else None)
             # after the bell, or `close` might ring unheard; before the queue, for what came before `close` goes out
             stopping = self._stopping
             for _ in range(len(self._queue)):
