@@ -7,8 +7,17 @@ from typing import Any
 import pytest
 
 from tests import checkpoints
+from tests.engine.pools import EVERYWHERE
 from tests.engine.test_equality import BLOCK
-from tests.engine.test_tiers import EVERYWHERE, OUTPUT, PARAMS, ROUNDS, TALKS, converse, engine, gib, tiers
+from tests.engine.test_tiers import (
+    PARAMS,
+    converse,
+    engine,
+    gib,
+    replies,
+    some_talks,
+    tiers,
+)
 from xllm.core.errors import ConfigError
 from xllm.executor import remote_mover, remote_tier
 from xllm.executor.stores.directory import DirectoryStore
@@ -30,29 +39,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talks():
-    rng = random.Random(9)
-    shared = [rng.randrange(3, checkpoints.VOCAB) for _ in range(20)]
-    return [
-        [
-            (shared if i == 0 else [])
-            + [rng.randrange(3, checkpoints.VOCAB) for _ in range(rng.randint(3, 14))]
-            for i in range(ROUNDS)
-        ]
-        for _ in range(TALKS)
-    ]
+    return some_talks(9)
 
 
 @pytest.fixture(scope="module")
 def truth(model, talks):
-    histories: list[list[int]] = [[] for _ in talks]
-    replies = []
-    for i in range(ROUNDS):
-        for history, said in zip(histories, talks, strict=True):
-            history += said[i]
-        replies.append(checkpoints.greedy(model, histories, OUTPUT))
-        for history, reply in zip(histories, replies[-1], strict=True):
-            history += reply
-    return replies
+    return replies(model, talks)
 
 
 def reply(llm: Any, prompt: list[int]) -> list[int]:

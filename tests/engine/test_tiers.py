@@ -1,11 +1,13 @@
 """KV in host memory and on disk, through the engine: the same tokens as without, whatever happens below the device."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import checkpoints
+from tests.engine.pools import BLOCK_BYTES, EVERYWHERE, LONGEST
 from tests.engine.test_equality import BACKENDS, BLOCK
 from xllm import LLM, SamplingParams
 from xllm.core.errors import ConfigError
@@ -15,13 +17,34 @@ from xllm.executor.host_tier import HostTier
 from xllm.kv.tiers.cost import Cost
 
 ROUNDS, TALKS, OUTPUT = 4, 6, 6
-LONGEST = 112
-BLOCK_BYTES = BLOCK * 2 * 2 * 2 * 16 * 4
 PARAMS = SamplingParams(temperature=0.0, max_tokens=OUTPUT, ignore_eos=True)
-EVERYWHERE = [
-    *("cpu", "graphs", "eager"),
-    *(pytest.param(f"cuda-{how}", marks=pytest.mark.gpu) for how in ("graphs", "eager")),
-]
+
+
+def some_talks(seed: int) -> list[list[list[int]]]:
+    """What users say in each round of their conversations; all begin with the same 20 tokens."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(3, checkpoints.VOCAB) for _ in range(20)]
+    return [
+        [
+            (shared if i == 0 else [])
+            + [rng.randrange(3, checkpoints.VOCAB) for _ in range(rng.randint(3, 14))]
+            for i in range(ROUNDS)
+        ]
+        for _ in range(TALKS)
+    ]
+
+
+def replies(model: Path, talks: list[list[list[int]]]) -> list[list[list[int]]]:
+    """[round][talk]: the reply."""
+    histories: list[list[int]] = [[] for _ in talks]
+    found = []
+    for i in range(ROUNDS):
+        for history, said in zip(histories, talks, strict=True):
+            history += said[i]
+        found.append(checkpoints.greedy(model, histories, OUTPUT))
+        for history, reply in zip(histories, found[-1], strict=True):
+            history += reply
+    return found
 
 
 @pytest.fixture(autouse=True)
@@ -38,31 +61,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talks():
-    """What users say in each round of their conversations; all begin with the same 20 tokens."""
-    rng = random.Random(8)
-    shared = [rng.randrange(3, checkpoints.VOCAB) for _ in range(20)]
-    return [
-        [
-            (shared if i == 0 else [])
-            + [rng.randrange(3, checkpoints.VOCAB) for _ in range(rng.randint(3, 14))]
-            for i in range(ROUNDS)
-        ]
-        for _ in range(TALKS)
-    ]
+    return some_talks(8)
 
 
 @pytest.fixture(scope="module")
 def truth(model, talks):
-    """[round][talk]: the reply."""
-    histories: list[list[int]] = [[] for _ in talks]
-    replies = []
-    for i in range(ROUNDS):
-        for history, said in zip(histories, talks, strict=True):
-            history += said[i]
-        replies.append(checkpoints.greedy(model, histories, OUTPUT))
-        for history, reply in zip(histories, replies[-1], strict=True):
-            history += reply
-    return replies
+    return replies(model, talks)
 
 
 def gib(blocks: int) -> float:
