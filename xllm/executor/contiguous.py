@@ -146,7 +146,7 @@ def with_ranges_told(config: EngineConfig) -> EngineConfig:
     num_ranges, per_range = _ranges(config, config.cache.num_blocks + 1)
     running = config.scheduler.max_num_seqs
     each = gib(per_range * config.cache.page_bytes)
-    told = f"each sequence has {each} of addresses of its own, {num_ranges} times: as asked"
+    told = f"each sequence sees its KV at addresses of its own, {each} of them; {num_ranges} such ranges: as asked"
     if num_ranges < running:
         told += f"; {num_ranges} sequences at once instead of {running}, for that is how many tokens of addresses kernels can count"
     return replace(config, reasons=(*config.reasons, told))
