@@ -115,7 +115,7 @@ def test_a_subscriber_holds_what_the_pool_holds(stream, follower):
     stats = core.scheduler.stats()
     assert stats.evictions > 0
     assert stats.preemptions > 0
-    catch_up_until(cache, lambda: cache.next == stream._publisher._next)
+    catch_up_until(cache, lambda: cache.next == stream.stats.changes)
     assert cache.held == held_by(core) != set()
     assert core.last_stats is not None
     core.turn(wait_s=0.0)
@@ -132,7 +132,7 @@ def test_live_events_come_in_order_under_load_and_gaps_are_filled(stream, follow
 
     def follow():
         cache.live.rcvtimeo = 50
-        while not (done.is_set() and cache.next == stream._publisher._next):
+        while not (done.is_set() and cache.next == stream.stats.changes):
             with contextlib.suppress(zmq.Again):
                 cache.follow()
             if done.is_set():
@@ -175,7 +175,7 @@ def test_a_failed_step_clears_the_copy(stream, follower):
     outputs = run_until_idle(core, front)
     assert ends_of(outputs) == {"r": [Finish.ERROR]}
     cache = follower()
-    catch_up_until(cache, lambda: cache.next == stream._publisher._next)
+    catch_up_until(cache, lambda: cache.next == stream.stats.changes)
     assert cache.held == set() == held_by(core)
     core.executor.close()
 
@@ -188,7 +188,7 @@ def test_a_restart_is_noticed_even_where_the_numbers_fit(tmp_path, follower):
     front.send(submit("r", [1] * 40, max_tokens=20))
     run_until_idle(core, front)
     cache = follower()
-    catch_up_until(cache, lambda: cache.next == first._publisher._next)
+    catch_up_until(cache, lambda: cache.next == first.stats.changes)
     old = set(cache.held)
     core.close()
     with contextlib.closing(EventStream(config, BLOCK)) as second:
@@ -196,7 +196,7 @@ def test_a_restart_is_noticed_even_where_the_numbers_fit(tmp_path, follower):
         front.send(submit("r", [2] * 40, max_tokens=20))
         run_until_idle(core, front)
         before = cache.next
-        assert second._publisher._next == before  # the next number is the one that was expected all along
+        assert second.stats.changes == before  # the next number is the one that was expected all along
         front.send(submit("s", [3] * 40, max_tokens=1))
         run_until_idle(core, front)
 
@@ -210,7 +210,7 @@ def test_a_restart_is_noticed_even_where_the_numbers_fit(tmp_path, follower):
         deadline = time.monotonic() + 20
         while not renewed():
             assert time.monotonic() < deadline
-        catch_up_until(cache, lambda: cache.next == second._publisher._next)
+        catch_up_until(cache, lambda: cache.next == second.stats.changes)
         assert cache.held == held_by(core)
         assert not cache.held & old
         core.executor.close()

@@ -174,6 +174,9 @@ class FakeClient:
     def dead(self) -> str | None:
         return self.fault
 
+    def missing(self) -> str | None:
+        return None
+
     def dump_stacks(self) -> None:
         pass
 

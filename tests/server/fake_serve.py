@@ -14,7 +14,9 @@ from xllm.engine.async_llm import AsyncLLM
 from xllm.wire.messages import Loading
 
 
-async def start(options: EngineOptions, *, in_process: bool = False, on_event: Any = None) -> AsyncLLM:
+async def start(
+    options: EngineOptions, *, in_process: bool = False, on_event: Any = None, listening: Any = None
+) -> AsyncLLM:
     if options.model == "nowhere":
         raise ConfigError("there is no model called nowhere")
     report = on_event or (lambda _: None)

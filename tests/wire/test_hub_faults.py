@@ -89,6 +89,23 @@ def test_a_stopped_client_holds_up_nobody(echo, address):
         assert other.state is State.READY
 
 
+def test_an_owner_may_be_stopped_for_as_long_as_it_likes(tmp_path):
+    listen = [Listen(f"ipc://{tmp_path}/owner", owner=True), Listen(f"ipc://{tmp_path}/hub")]
+    with (
+        contextlib.closing(Echo(Hub(listen, Limits(silence_s=0.5)))) as echo,
+        process("ask", echo.hub.addresses[0]) as (owner, _),
+        process("ask", echo.hub.addresses[1]) as (other, _),
+    ):
+        until(lambda: len(echo.running) == 2)
+        for child in (owner, other):
+            freeze(child.pid)
+        until(lambda: echo.aborted)  # of the one that is no owner
+        time.sleep(1.5)
+        assert echo.aborted == ["2/forever"]
+        assert echo.hub.clients == 1
+        owner.send_signal(signal.SIGCONT)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("kind", ["ipc", "tcp"])
 def test_an_engine_that_dies_or_stops_is_lost_within_three_seconds(tmp_path, kind, how):

@@ -6,6 +6,9 @@ from xllm.core.output import Finish, SequenceOutput
 from xllm.wire.ledger import NO_STATS, OWNERS_ONLY, Ledger
 from xllm.wire.messages import (
     Abort,
+    FollowKv,
+    KvChange,
+    KvChanges,
     LimitKv,
     Outputs,
     Reply,
@@ -96,3 +99,37 @@ def test_what_concerns_the_whole_engine_is_for_owners():
         assert answer is None
     assert ledger.inward(1, Shutdown(), owner=False) == (None, None)
     assert ledger.inward(1, Shutdown(), owner=True) == (Shutdown(), None)
+
+
+def test_what_is_cached_is_told_to_those_who_asked_and_after_they_have_heard():
+    ledger = Ledger(max_requests=2)
+    change = KvChanges(number=0, changes=[KvChange("cleared")])
+    inner: list[int] = []
+    for client in (1, 2, 3):
+        ledger.join(client)
+        inward, answer = ledger.inward(client, FollowKv(call_id=7), owner=False)
+        assert isinstance(inward, FollowKv)
+        assert answer is None
+        inner.append(inward.call_id)
+    assert list(ledger.outward(change)) == []  # the engine has answered nobody yet
+    assert list(ledger.outward(Reply(call_id=inner[0], value={}))) == [(1, Reply(call_id=7, value={}))]
+    assert list(ledger.outward(change)) == [(1, change)]
+    list(ledger.outward(Reply(call_id=inner[1], refused="no")))
+    assert list(ledger.outward(change)) == [(1, change)]
+    ledger.leave(3)
+    assert list(ledger.outward(Reply(call_id=inner[2], value={}))) == []
+    ledger.leave(1)
+    assert list(ledger.outward(change)) == []
+
+
+def test_outstanding_requests_are_counted_over_all_clients():
+    ledger = Ledger(max_requests=2)
+    for client in (1, 2):
+        ledger.join(client)
+        ledger.inward(client, ask("a", [1]), owner=client == 1)
+    assert ledger.total == 2
+    end = SequenceOutput(request_id="1/a", token_ids=[3], finish=Finish.STOP)
+    list(ledger.outward(Outputs(outputs=[end], stats=NO_STATS)))
+    assert ledger.total == 1
+    ledger.leave(2)
+    assert ledger.total == 0

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx
 
+from xllm.cluster.lifeline import Held
 from xllm.core.errors import ConfigError
 
 _ATTEMPTS = 3  # a port that was free may be taken before etcd takes it
@@ -43,21 +44,21 @@ def _is_script(path: Path) -> bool:
 
 class EtcdChild:
     """A single member on free ports of 127.0.0.1, running when the constructor returns. All of it blocks: an event loop calls
-    it in a thread. It ends with `close`, not with an owner that is killed.
+    it in a thread. It ends with `close`, and with an owner that is killed (`lifeline.py`).
 
     `data`: a directory that outlives it; without one its data lies in a temporary directory and is not synced to disk. It has
-    a session of its own, so Ctrl-C in a terminal reaches its owner only, which stops it last. ConfigError with etcd's own
-    last words where it does not come up.
+    a session of its own, so Ctrl-C in a terminal reaches its owner only, which stops it last. `log`: where its words go,
+    beside the data by default. ConfigError with etcd's own last words where it does not come up.
     """
 
-    def __init__(self, data: Path | None = None, *, start_s: float = 15.0):
+    def __init__(self, data: Path | None = None, *, log: Path | None = None, start_s: float = 15.0):
         self.program = find_etcd()
         self._temporary = None if data is not None else tempfile.TemporaryDirectory(prefix="xllm-etcd-")
         self.directory = data if data is not None else Path(self._temporary.name)  # type: ignore[union-attr]
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.log = self.directory / "etcd.log"
+        self.log = log if log is not None else self.directory / "etcd.log"
         self._start_s = start_s
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Held | None = None
         try:
             for attempt in range(1, _ATTEMPTS + 1):
                 self._port, self._peer_port = _free_ports(2)
@@ -65,7 +66,7 @@ class EtcdChild:
                     self.start()
                     break
                 except ConfigError:
-                    if attempt == _ATTEMPTS or "address already in use" not in self._last_words():
+                    if attempt == _ATTEMPTS or "address already in use" not in self.last_words():
                         raise
         except BaseException:
             self.close()
@@ -81,11 +82,13 @@ class EtcdChild:
 
     @property
     def alive(self) -> bool:
-        return self._child is not None and self._child.poll() is None
+        return self._child is not None and self._child.alive
 
     def start(self) -> None:
         """Again on the same ports and data, after `stop` or a death."""
         assert not self.alive
+        if self._child is not None:
+            self._child.wait()
         peer = f"http://127.0.0.1:{self._peer_port}"
         argv = [
             str(self.program), "--name", "xllm", "--data-dir", str(self.directory / "member.etcd"),
@@ -100,9 +103,7 @@ class EtcdChild:
         # ETCD_* variables would add settings that are not given here
         env = {name: value for name, value in os.environ.items() if not name.startswith("ETCD_")}
         with self.log.open("ab") as log:
-            self._child = subprocess.Popen(
-                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
-            )
+            self._child = Held(argv, out=log, env=env)
         self._wait()
 
     def _wait(self) -> None:
@@ -115,11 +116,11 @@ class EtcdChild:
                 except (httpx.TransportError, ValueError):
                     pass
                 time.sleep(0.05)
-        words = self._last_words()
+        words = self.last_words()
         self.kill()
         raise ConfigError(f"etcd ({self.program}) did not come up within {self._start_s:g} s: {words}")
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
         return " | ".join(lines[-3:]) or "it said nothing"
 

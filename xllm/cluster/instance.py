@@ -40,6 +40,8 @@ class InstanceInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     kv: KvFacts
     max_num_seqs: int
     max_model_len: int
+    max_num_batched_tokens: int = 2048  # of a step
+    max_num_queued: int | None = None  # requests beyond max_num_seqs; None: as many as come
     role: Role = "both"
     http: str | None = None  # URL of its own HTTP server
     draining: bool = False  # finishes what runs, takes nothing new

@@ -19,10 +19,11 @@ class ExecutorStats(msgspec.Struct, frozen=True):
 
 
 class EventStats(msgspec.Struct, frozen=True):
-    """Batches of KV cache events. Counters."""
+    """How often it was told what is cached. Counters."""
 
-    batches: int = 0  # published
+    batches: int = 0  # of KV cache events, published
     dropped: int = 0  # numbered, and never published
+    changes: int = 0  # turns of the engine that changed what is cached, where anybody may want to know
 
 
 class SchedulerStats(msgspec.Struct, frozen=True):
@@ -43,3 +44,4 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     kv_events: EventStats = EventStats()  # so are these
     tiers: tuple[TierStats, ...] = ()  # below the device, nearest first
     segments: SegmentStats | None = None  # of the KV cache, where its memory comes and goes
+    cached_blocks: int = 0  # on the device, that prompts can find; of an engine that tells what it caches

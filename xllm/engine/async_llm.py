@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from xllm.config.decided import EngineConfig
@@ -17,6 +18,7 @@ from xllm.core.output import RequestOutput
 from xllm.core.sampling import SamplingParams
 from xllm.core.seeds import SeedSource
 from xllm.core.stats import SchedulerStats
+from xllm.core.targets import NO_TARGETS, Targets
 from xllm.engine.build import decide
 from xllm.engine.checkpoint import open_tokenizer, sampling_defaults
 from xllm.engine.client import EngineClient, InlineClient, ProcessClient
@@ -26,6 +28,7 @@ from xllm.engine.outputs import OutputProcessor
 from xllm.engine.prompts import Prompt, PromptReader
 from xllm.engine.validate import Validator, kv_limit
 from xllm.text.tokenizer import Tokenizer
+from xllm.wire.doors import Listening
 from xllm.wire.messages import (
     Abort,
     Heartbeat,
@@ -53,15 +56,16 @@ class AsyncLLM:
 
     def __init__(
         self, options: EngineOptions, config: EngineConfig, client: EngineClient, tokenizer: Tokenizer,
-        *, seeds: SeedSource | None = None,
+        *, seeds: SeedSource | None = None, addresses: Sequence[str] = (), limit: int | None = None,
     ):  # fmt: skip
         """`seeds` for requests that bring none are those of the engine's seed by default. They are drawn here, so that a
-        client can let another engine go on with a request."""
+        client can let another engine go on with a request. `addresses` are where others use the same engine."""
         self.options = options
         self.config = config
         self.tokenizer = tokenizer
         self.default_params = sampling_defaults(options, config)
         self.startup_s = client.startup_s
+        self.addresses = addresses
         self._client = client
         self._seeds = seeds or SeedSource(config.executor.seed)
         self._outputs = OutputProcessor(tokenizer)
@@ -71,12 +75,13 @@ class AsyncLLM:
             max_model_len=config.scheduler.max_model_len,
             max_logprobs=options.max_logprobs,
         )
-        self._gate = Gate(options.max_num_queued_reqs + config.scheduler.max_num_seqs)
+        self._gate = Gate(limit or options.max_num_queued_reqs + config.scheduler.max_num_seqs)
         self._streams: dict[str, asyncio.Queue[RequestOutput]] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._calls = itertools.count()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._unused = asyncio.Event()  # by others, as its last sign of life says
         self._monitor = HealthMonitor(time.monotonic())
         self._health = Health(True, "ok")
         self._stats: SchedulerStats | None = None
@@ -94,8 +99,10 @@ class AsyncLLM:
         *,
         in_process: bool = False,
         on_event: Callable[[str | Loading], None] | None = None,
+        listening: Listening | None = None,
     ) -> "AsyncLLM":
-        """Decide, start the engine (by default in a process of its own) and wait until it takes requests.
+        """Decide, start the engine (by default in a process of its own) and wait until it takes requests. With `listening`
+        others may send it requests too (`wire.dial.Dial`); it has to have a process of its own then.
 
         `on_event` gets the decisions as sentences, then loading progress. Raises ConfigError or EngineFault.
         """
@@ -103,11 +110,15 @@ class AsyncLLM:
             raise ConfigError(
                 "serving needs a tokenizer; --skip-tokenizer-init is for LLM(...) and offline use"
             )
+        if in_process and listening is not None:
+            raise ConfigError("only an engine in a process of its own listens to others")
         report = on_event or (lambda _: None)
         config = await asyncio.to_thread(decide, options)
         for reason in config.reasons:
             report(reason)
-        open_client: Callable[..., EngineClient] = InlineClient if in_process else ProcessClient
+        open_client: Callable[..., EngineClient] = InlineClient
+        if not in_process:
+            open_client = partial(ProcessClient, listening=listening)
         starting = asyncio.to_thread(open_client, config, report)
         reading = asyncio.to_thread(open_tokenizer, options, config)
         client, tokenizer = await asyncio.gather(starting, reading, return_exceptions=True)
@@ -118,11 +129,12 @@ class AsyncLLM:
             raise tokenizer
         for reason in client.config.reasons[len(config.reasons) :]:
             report(reason)
-        return cls(options, client.config, client, tokenizer)
+        addresses = client.addresses if isinstance(client, ProcessClient) else ()
+        return cls(options, client.config, client, tokenizer, addresses=addresses)
 
     async def generate(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None,
-        priority: int = 0, deadline_s: float | None = None, cache_salt: str = "",
+        priority: int = 0, deadline_s: float | None = None, cache_salt: str = "", targets: Targets = NO_TARGETS,
     ) -> AsyncIterator[RequestOutput]:  # fmt: skip
         """Yields deltas: new text, ids and logprobs of the completions that advanced; the last has `finished` set.
 
@@ -147,6 +159,7 @@ class AsyncLLM:
                         request_id=child_id, prompt_token_ids=ids, params=child_params,
                         priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
                         seed=self._seeds.draw() if child_params.seed is None else None,
+                        ttft_s=targets.ttft_s, tpot_s=targets.tpot_s,
                     )
                 )  # fmt: skip
             while not finished:
@@ -171,12 +184,21 @@ class AsyncLLM:
     def health(self) -> Health:
         return self._health
 
+    def missing(self) -> str | None:
+        """Why no request can be taken at present though the engine is well, None where it can."""
+        return self._client.missing()
+
     async def wait_lost(self) -> str:
         """Returns, with the reason, when the engine is gone for good; never otherwise."""
         return await asyncio.shield(self._gone)
 
     async def stats(self) -> SchedulerStats | None:
         """As of the engine's last sign of life; None before the first."""
+        return self._stats
+
+    @property
+    def last_stats(self) -> SchedulerStats | None:
+        """The same, without waiting."""
         return self._stats
 
     def count(self) -> int:
@@ -187,9 +209,13 @@ class AsyncLLM:
         self._gate.closed_because = because
 
     async def drain(self, timeout_s: float) -> bool:
-        """Waits for what runs to end; False when it did not within the time-out."""
+        """Waits for what runs to end, of others too; False when it did not within the time-out."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+                if self.addresses and not self._gone.done():
+                    self._unused.clear()  # until the engine says so again
+                    await self._unused.wait()
         except TimeoutError:
             return False
         return True
@@ -279,6 +305,8 @@ class AsyncLLM:
             self._send_abort(stopped)
         elif isinstance(message, Heartbeat):
             self._stats = message.stats or self._stats
+            if message.outstanding == 0:
+                self._unused.set()
         elif isinstance(message, Reply) and (future := self._replies.pop(message.call_id, None)):
             future.set_result(message)
 
@@ -296,6 +324,7 @@ class AsyncLLM:
         self._health = Health(False, reason)
         if not self._gone.done():
             self._gone.set_result(reason)
+        self._unused.set()
         self.stop_accepting(f"the engine is gone: {reason}")
         self._deliver(self._outputs.fail_all(reason))
         for reply in self._replies.values():

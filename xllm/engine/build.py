@@ -17,7 +17,7 @@ from xllm.engine.kv_events import EventStream
 from xllm.executor.executor import Executor
 from xllm.executor.stores.table import check_url
 from xllm.kv.elastic import Elastic
-from xllm.kv.events import DISK, HOST, EventLog
+from xllm.kv.events import DEVICE, DISK, HOST, EventLog
 from xllm.kv.pool import BlockPool
 from xllm.kv.ranges import Ranges
 from xllm.kv.tiers.cost import Cost
@@ -83,15 +83,16 @@ def _overrides(text: str | None) -> dict[str, object] | None:
 
 
 def build_core(
-    config: EngineConfig, inbox: Channel, on_loading: Callable[[Loading], None], startup_s: dict[str, float]
-) -> tuple[EngineCore, EngineConfig]:
+    config: EngineConfig, inbox: Channel, on_loading: Callable[[Loading], None], startup_s: dict[str, float],
+    *, followed: bool = False,
+) -> tuple[EngineCore, EngineConfig]:  # fmt: skip
     """Everything an engine needs, ready to run, and the configuration with what only the engine could measure.
 
-    `startup_s` receives the seconds of each part.
+    `startup_s` receives the seconds of each part. `followed`: clients may ask what is cached (`FollowKv`).
     """
     with ExitStack() as undo:
         events = None
-        if config.kv_events is not None:  # before anything slow: the address may be taken
+        if followed or config.kv_events is not None:  # before anything slow: the address may be taken
             events = EventStream(config.kv_events, config.cache.block_size)
             undo.callback(events.close)
         built = _build(config, inbox, on_loading, startup_s, events)
@@ -144,7 +145,10 @@ def _build(
         pool, places.num_ranges, places.per_range, places.first_place, most_mapped=places.most_mapped,
         ahead=min(AHEAD, cache.block_size // 2),
     )  # fmt: skip
-    scheduler = Scheduler(scheduler_config, pool, _offload(config.tiers, log, executor), elastic, ranges)
+    offload = _offload(config.tiers, log, executor)
+    if events is not None:
+        events.cached = {DEVICE: pool.index.names, **({} if offload is None else offload.told())}
+    scheduler = Scheduler(scheduler_config, pool, offload, elastic, ranges)
     admission = Admission(
         scheduler, eos_ids=frozenset(config.model.eos_ids), max_model_len=scheduler_config.max_model_len,
         seed=config.executor.seed, vocab_size=config.model.vocab_size,

@@ -19,6 +19,7 @@ from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.channel import Channel
 from xllm.wire.messages import (
     Abort,
+    FollowKv,
     LimitKv,
     Message,
     Outputs,
@@ -80,8 +81,12 @@ class EngineCore:
         outputs += self.step()
         self.last_stats = msgspec.structs.replace(self.scheduler.stats(), executor=self.executor.stats)
         if self._events is not None:
-            self._events.flush()
-            self.last_stats = msgspec.structs.replace(self.last_stats, kv_events=self._events.stats)
+            self._tell(self._events)
+            self.last_stats = msgspec.structs.replace(
+                self.last_stats,
+                kv_events=self._events.stats,
+                cached_blocks=len(self.scheduler.pool.index),
+            )
         if outputs:
             self.inbox.send(Outputs(outputs=outputs, stats=self.last_stats))
 
@@ -181,6 +186,8 @@ class EngineCore:
                 self.inbox.send(Reply(call_id=call_id, refused=self._wake_up()))
             case LimitKv(call_id=call_id, blocks=blocks):
                 self.inbox.send(Reply(call_id=call_id, value=self._limit(blocks)))
+            case FollowKv(call_id=call_id):
+                self.inbox.send(self._follow(call_id))
             case StartTrace(call_id=call_id):
                 self.inbox.send(Reply(call_id=call_id, refused=self._start_trace()))
             case StopTrace(call_id=call_id, directory=directory):
@@ -237,6 +244,17 @@ class EngineCore:
         if not self.asleep:
             elastic.set_limit(blocks)
         return self.scheduler.pool.num_mapped
+
+    def _tell(self, events: EventStream) -> None:
+        """What changed in the cache since the last time, to whoever wants to know."""
+        if (changes := events.flush()) is not None:
+            self.inbox.send(changes)
+
+    def _follow(self, call_id: int) -> Reply:
+        if self._events is None or self._events.cached is None:
+            return Reply(call_id=call_id, refused="this engine tells its clients nothing of what it caches")
+        self._tell(self._events)  # the earlier followers': the copy below has it already
+        return Reply(call_id=call_id, value=self._events.follow())
 
     def _start_trace(self) -> str | None:
         if self.executor.tracing:

@@ -5,7 +5,7 @@ disk, remote) are further indexes asked after this one, keyed by the same names.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from xllm.kv.events import DEVICE, EventLog, Origin
 
@@ -46,6 +46,10 @@ class PrefixIndex:
 
     def name_of(self, block: int) -> bytes | None:
         return self._name_of[block]
+
+    def names(self) -> Collection[bytes]:
+        """All that are known, a view."""
+        return self._block_of.keys()
 
     def add(self, block: int, name: bytes, origin: Origin | None = None) -> bool:
         """Give `block` its name. False, and nothing done, where another block has it or this one has another.

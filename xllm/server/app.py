@@ -21,9 +21,14 @@ CLIENT_CLOSED_REQUEST = 499  # nobody reads it; the log does
 
 
 def create_app(
-    engine: Engine, options: ServerOptions | None = None, asked: EngineOptions | None = None
+    engine: Engine,
+    options: ServerOptions | None = None,
+    asked: EngineOptions | None = None,
+    *,
+    own: bool = True,
 ) -> FastAPI:
-    """`app.state.server` is what the routes share. Raises `ConfigError` for options that cannot work."""
+    """`app.state.server` is what the routes share. `own`: the engine is this server's own, to be put to sleep, limited and
+    traced. Raises `ConfigError` for options that cannot work."""
     options, asked = options or ServerOptions(), asked or EngineOptions()
     cache = engine.config.cache
     metrics = Metrics(
@@ -52,9 +57,9 @@ def create_app(
     )
     for router in routers():
         app.include_router(router)
-    if asked.enable_sleep_mode:
+    if own and asked.enable_sleep_mode:
         app.include_router(sleep.router)
-    if engine.config.cache.pool == "elastic":
+    if own and engine.config.cache.pool == "elastic":
         app.include_router(kv_limit.router)
     if options.profiler_dir is not None:
         check_traceable(engine.config, "--profiler-dir")
@@ -69,7 +74,7 @@ def create_app(
             allow_origins=options.allowed_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "retry-after"],
+            expose_headers=["x-request-id", "retry-after", "x-xllm-instance"],
         )
     app.add_middleware(Envelope, log_requests=not options.disable_log_requests)
     return app

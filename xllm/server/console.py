@@ -71,10 +71,10 @@ class Console:
         if not keys and state.options.host not in LOOPBACK:
             self.say("  note: other machines can reach this port and no --api-key is set", "yellow")
         self.say(f"Ready: {url}/v1  model={state.model}  ({seconds:.1f} s)", "bold green")
-        self.say(f"Try:   {_curl(url, state.model, with_key=bool(keys))}")
+        self.say(f"Try:   {curl(url, state.model, with_key=bool(keys))}")
 
 
-def _curl(url: str, model: str, *, with_key: bool) -> str:
+def curl(url: str, model: str, *, with_key: bool) -> str:
     key = ' -H "Authorization: Bearer $XLLM_API_KEY"' if with_key else ""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
     return f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}"

@@ -7,6 +7,7 @@ from xllm.config.decided import EngineConfig
 from xllm.core.output import RequestOutput
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
+from xllm.core.targets import NO_TARGETS, Targets
 from xllm.engine.health import Health
 from xllm.text.tokenizer import Tokenizer
 
@@ -30,9 +31,14 @@ class Engine(Protocol):
         priority: int = 0,
         deadline_s: float | None = None,
         cache_salt: str = "",
+        targets: Targets = NO_TARGETS,
     ) -> AsyncIterator[RequestOutput]: ...
 
     def health(self) -> Health: ...
+
+    def missing(self) -> str | None:
+        """Why no request can be taken at present though the engine is well."""
+        ...
 
     async def stats(self) -> SchedulerStats | None: ...
 

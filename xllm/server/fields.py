@@ -4,12 +4,14 @@ Every optional field may be null, which means *not given*. Unknown fields are re
 know but cannot honour are declared here: the value that changes nothing passes, any other gets a sentence.
 """
 
+import math
 from typing import Any
 
 import msgspec
 
 from xllm.core.errors import InvalidRequest
 from xllm.core.sampling import SamplingParams
+from xllm.core.targets import Targets
 from xllm.server.state import ServerState
 
 MAX_SALT = 256
@@ -59,6 +61,8 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     priority: int | None = None
     deadline_s: float | None = None
     cache_salt: str | None = None
+    ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # harmless
@@ -94,6 +98,25 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         self._check_order(state.scheduling)
         if self.cache_salt is not None and len(self.cache_salt) > MAX_SALT:
             raise InvalidRequest(f"cache_salt takes at most {MAX_SALT} characters", param="cache_salt")
+
+        self._check_targets(state.targets is not None)
+
+    def targets(self, state: ServerState) -> Targets:
+        """What the answer should take at most, as the request says or the router by default."""
+        default = state.targets or Targets()
+        ttft_s = default.ttft_s if self.ttft_slo_ms is None else self.ttft_slo_ms / 1000
+        tpot_s = default.tpot_s if self.tpot_slo_ms is None else self.tpot_slo_ms / 1000
+        return Targets(ttft_s, tpot_s)
+
+    def _check_targets(self, used: bool) -> None:
+        for name in ("ttft_slo_ms", "tpot_slo_ms"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not used:
+                raise InvalidRequest(f"{name} needs a router with --routing-policy slo_aware", param=name)
+            if not 0 < value < math.inf:
+                raise InvalidRequest(f"{name} must be a positive number of milliseconds", param=name)
 
     def _check_order(self, order: str) -> None:
         if self.priority and order != "priority":

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,10 +12,13 @@ import msgspec
 from xllm.core.errors import EngineFault, InvalidRequest
 from xllm.core.output import RequestOutput
 from xllm.core.sampling import SamplingParams
+from xllm.core.targets import NO_TARGETS, Targets
 from xllm.engine.outputs import Collector
 from xllm.server.prompts import Prompt
 from xllm.server.state import ServerState
 
+# ids of the engine requests that the HTTP request at hand became, where somebody outside wants to know
+JOBS: ContextVar[list[str] | None] = ContextVar("jobs", default=None)
 MAX_SEQUENCES = 1024  # prompts times n of one HTTP request
 
 
@@ -53,6 +57,7 @@ class Job:
     priority: int = 0
     deadline_s: float | None = None
     cache_salt: str = ""
+    targets: Targets = NO_TARGETS
 
 
 def new_id(kind: str) -> str:
@@ -69,6 +74,8 @@ def check_sequences(prompts: int, n: int) -> None:
 async def outputs(state: ServerState, job: Job, tally: Tally) -> AsyncGenerator[RequestOutput, None]:
     """The engine's deltas, counted and measured. `EngineFault` when the engine gives up."""
     meter = state.metrics.meter()
+    if (jobs := JOBS.get()) is not None:
+        jobs.append(job.id)
     stream = state.engine.generate(
         job.prompt.ids,
         job.params,
@@ -76,6 +83,7 @@ async def outputs(state: ServerState, job: Job, tally: Tally) -> AsyncGenerator[
         priority=job.priority,
         deadline_s=job.deadline_s,
         cache_salt=job.cache_salt,
+        targets=job.targets,
     )
     first = True
     try:

@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import uvicorn
 from fastapi import FastAPI
@@ -43,35 +43,40 @@ class HttpServer(uvicorn.Server):
         )
         self.state: ServerState = app.state.server
         self.on_started: Callable[[], None] = lambda: None
+        # called when an orderly end begins; what runs is waited for after it
+        self.on_stopping: Callable[[], Awaitable[None]] = lambda: asyncio.sleep(0)
         self._stopping: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.on_started()
 
-    async def run_until_stopped(self, listener: socket.socket) -> None:
+    async def run_until_stopped(self, *listeners: socket.socket) -> None:
         reporter = asyncio.create_task(stats_log.report(self.state))
         try:
-            await self.serve(sockets=[listener])
+            await self.serve(sockets=list(listeners))
         finally:
             reporter.cancel()
             self.state.close()
-            listener.close()
+            for listener in listeners:
+                listener.close()
 
     def stop(self) -> None:
         """Not ready from now on; what runs goes on for at most `shutdown_timeout`, then the server ends."""
         if self._stopping is None:
             self.state.draining = True
             self.state.engine.stop_accepting()
-            self._stopping = asyncio.get_running_loop().create_task(self._drain())
+            self._stopping = asyncio.get_running_loop().create_task(self._drain(self.on_stopping()))
 
-    async def _drain(self) -> None:
+    async def _drain(self, told: Awaitable[None]) -> None:
         timeout_s = self.state.options.shutdown_timeout
         deadline = time.monotonic() + timeout_s
         running = self.state.engine.count()
         if running:
             log.info("shutting down: %d requests may finish within %.0f s", running, timeout_s)
-        if not await self.state.engine.drain(timeout_s):
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(told, timeout_s)
+        if not await self.state.engine.drain(max(0.0, deadline - time.monotonic())):
             log.warning("%d requests did not finish within %.0f s", self.state.engine.count(), timeout_s)
             await self.state.engine.shutdown()  # they end with an error that their clients still get to read
         # the engine is done; a slow reader may still have an answer coming

@@ -9,11 +9,14 @@ class CannotListen(XllmError):
     """The address is taken or not ours."""
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a taken port is known before a model is loaded. Raises `CannotListen`."""
+def listen(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A bound socket, so that a taken port is known before a model is loaded. Raises `CannotListen`. `shared`: other
+    processes of this user may listen at the same port, and connections are spread over them."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
     except (OSError, UnicodeError) as e:

@@ -224,6 +224,10 @@ class Metrics:
     def meter(self) -> "Meter":
         return Meter(self)
 
+    def add(self, collector: Collector) -> None:
+        """Shown with the rest, under its own names."""
+        self._shown.register(collector)
+
     def text(self, stats: SchedulerStats | None) -> bytes:
         """The page that a scrape gets; with `stats` None the engine's last known figures."""
         if stats is not None:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from xllm.config.flags import add_flags, from_namespace
 from xllm.config.options import EngineOptions
-from xllm.core.errors import XllmError
+from xllm.core.errors import ConfigError, XllmError
+from xllm.server.cluster_options import JoinOptions
 from xllm.server.options import ServerOptions
 
 if TYPE_CHECKING:
     from xllm.server.console import Console
+    from xllm.server.join import Join
 
 T = TypeVar("T")
 
@@ -25,11 +27,18 @@ INTERRUPTED = 130
 ENGINE_LOST = 1
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INSIST_S = 0.2
+WITH_ETCD_ONLY = ("cluster", "instance_id", "listen", "advertise")
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = subparsers.add_parser("serve", help="serve a model over an OpenAI-compatible HTTP API")
     parser.add_argument("model", nargs="?", metavar="MODEL", help="directory, hub id or demo (default: demo)")
+    add_api_key(parser)
+    add_flags(parser, ServerOptions, EngineOptions, JoinOptions)
+    parser.set_defaults(run=run)
+
+
+def add_api_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--api-key",
         action="append",
@@ -37,8 +46,6 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="KEY",
         help="key that requests must bring; may be given several times (default: XLLM_API_KEY, else no key)",
     )
-    add_flags(parser, ServerOptions, EngineOptions)
-    parser.set_defaults(run=run)
 
 
 def run(namespace: argparse.Namespace) -> int:
@@ -46,6 +53,7 @@ def run(namespace: argparse.Namespace) -> int:
     import uvloop
 
     asked, options = from_namespace(EngineOptions, namespace), from_namespace(ServerOptions, namespace)
+    cluster = read_join(namespace)
     set_up_logging(options.log_level)
     from xllm.server.console import Console
     from xllm.server.listen import listen
@@ -54,23 +62,43 @@ def run(namespace: argparse.Namespace) -> int:
         listen(options.host, options.port) as listener,
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(serve(asked, options, listener, Console()))
+        return runner.run(serve(asked, options, listener, Console(), cluster))
+
+
+def read_join(namespace: argparse.Namespace) -> JoinOptions | None:
+    """None without --etcd. ConfigError where flags of an instance are given all the same."""
+    options = from_namespace(JoinOptions, namespace)
+    if options.etcd:
+        return options
+    given = vars(namespace) | (vars(namespace).get("config") or {})
+    for name in WITH_ETCD_ONLY:
+        if given.get(name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for an instance of a cluster: give --etcd URL too"
+            )
+    return None
 
 
 async def serve(
-    asked: EngineOptions, options: ServerOptions, listener: socket.socket, console: "Console"
-) -> int:
+    asked: EngineOptions, options: ServerOptions, listener: socket.socket, console: "Console",
+    cluster: JoinOptions | None = None,
+) -> int:  # fmt: skip
     from xllm.engine.async_llm import AsyncLLM
 
     begin = time.monotonic()
+    join = None if cluster is None else _join(cluster, options, listener, console)
     console.start(asked.model)
     async with Startup() as startup:
         importing = asyncio.to_thread(import_module, "xllm.server.http_server")  # while the model loads
-        starting = asyncio.gather(AsyncLLM.start(asked, on_event=console.on_event), importing)
+        listening = None if join is None else join.listening
+        engine_starting = AsyncLLM.start(asked, on_event=console.on_event, listening=listening)
+        starting = asyncio.gather(engine_starting, importing)
         started = await startup.run(starting)
     console.end_progress()
     if started is None:
         console.say("interrupted while starting")
+        if join is not None:
+            await join.close()
         return INTERRUPTED
     engine = started[0]
     try:
@@ -79,7 +107,15 @@ async def serve(
 
         server = HttpServer(create_app(engine, options, asked), options)
         url = address(options.host, listener)
-        server.on_started = lambda: console.ready(url, server.state, time.monotonic() - begin)
+
+        def on_started() -> None:
+            console.ready(url, server.state, time.monotonic() - begin)
+            if join is not None:
+                join.begin(engine, server.stop)
+
+        server.on_started = on_started
+        if join is not None:
+            server.on_stopping = join.drain
         gc.freeze()  # what is there stays: collections are to walk what requests leave behind, and nothing else
         lost = asyncio.create_task(engine.wait_lost())
         lost.add_done_callback(lambda task: None if task.cancelled() else server.stop())
@@ -89,9 +125,22 @@ async def serve(
             return ENGINE_LOST
         lost.cancel()
     finally:
+        if join is not None:  # first: who looks for an instance is not to find one that is about to end
+            await join.close()
         await engine.shutdown()
+    if join is not None and join.failed is not None:
+        console.say(f"stopped: {join.failed}")
+        return ENGINE_LOST
     console.say("stopped")
     return 0
+
+
+def _join(
+    cluster: JoinOptions, options: ServerOptions, listener: socket.socket, console: "Console"
+) -> "Join":
+    from xllm.server.join import Join
+
+    return Join(cluster, options.host, listener.getsockname()[1], console.say)
 
 
 class Startup:

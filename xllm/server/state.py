@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from xllm.config.options import EngineOptions
 from xllm.core.sampling import SamplingParams
+from xllm.core.targets import Targets
 from xllm.server.engine import Engine
 from xllm.server.errors import model_not_found
 from xllm.server.metrics import Metrics
@@ -24,6 +25,7 @@ class ServerState:
     metrics: Metrics
     chat_template: ChatTemplate | None  # None: the model cannot chat
     created: int = field(default_factory=lambda: int(time.time()))
+    targets: Targets | None = None  # for requests that bring none; None where nobody looks at them
     draining: bool = False
     # long texts are tokenised off the event loop, one at a time: the engine wants the other cores
     tokenizing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "xllm-tokenize"))

@@ -23,6 +23,19 @@ class Listen:
     owner: bool = False  # its clients may also shut the engine down, put it to sleep, trace it
 
 
+@dataclass(frozen=True)
+class Listening:
+    """That an engine is to serve others than who started it, and where."""
+
+    addresses: tuple[str, ...]
+    token: str | None = field(default=None, repr=False)
+    name: str = ""  # what it calls itself to clients
+
+    @property
+    def doors(self) -> list[Listen]:
+        return [Listen(address, self.token) for address in self.addresses]
+
+
 @dataclass(eq=False)
 class Door:
     socket: "zmq.Socket[bytes]"

@@ -27,6 +27,7 @@ from xllm.wire.messages import (
     FromHub,
     Goodbye,
     Hello,
+    KvChanges,
     Message,
     Outputs,
     Ready,
@@ -101,6 +102,11 @@ class Hub:
     def clients(self) -> int:
         return len(self._by_number)
 
+    @property
+    def outstanding(self) -> int:
+        """Requests of all clients that have not ended, those that the loop has not taken yet included. Any thread may ask."""
+        return self._ledger.total
+
     # the loop's side
 
     def send(self, message: Message) -> None:
@@ -147,12 +153,16 @@ class Hub:
                     self._take_in(door, now)
             for _ in range(len(self._outbox)):
                 self._give_out(self._outbox.popleft())
-            for client in [c for c in self._by_number.values() if now - c.heard > self._limits.silence_s]:
+            for client in [c for c in self._by_number.values() if self._is_silent(c, now)]:
                 self._drop(client, f"nothing was heard for {self._limits.silence_s:g} s")
         for client in list(self._by_number.values()):
             self._post(client, Goodbye())
         for door in self._doors:
             door.socket.close()
+
+    def _is_silent(self, client: _Client, now: float) -> bool:
+        """An owner never is: it may be stopped for as long as somebody debugs it, and the engine ends with it."""
+        return not client.door.listen.owner and now - client.heard > self._limits.silence_s
 
     def _take_in(self, door: Door, now: float) -> None:
         for _ in range(FRAMES_A_ROUND):
@@ -231,7 +241,7 @@ class Hub:
 
     def _give_out(self, message: Any) -> None:
         try:
-            if isinstance(message, Outputs | Reply):
+            if isinstance(message, Outputs | Reply | KvChanges):
                 for number, news in self._ledger.outward(message):
                     if (client := self._by_number.get(number)) is not None:
                         self._post(client, news)

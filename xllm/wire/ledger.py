@@ -9,7 +9,9 @@ from xllm.core.output import Finish, SequenceOutput
 from xllm.core.stats import SchedulerStats
 from xllm.wire.messages import (
     Abort,
+    FollowKv,
     FromEngine,
+    KvChanges,
     LimitKv,
     Outputs,
     Reply,
@@ -43,6 +45,8 @@ class Ledger:
         self._requests: dict[int, set[str]] = {}  # outstanding ones by client, as the engine knows them
         self._asked: dict[str, tuple[int, str]] = {}  # the same ones: client, its own id
         self._calls: dict[int, tuple[int, int]] = {}  # as the engine knows them: client, its own call_id
+        self._follows: set[int] = set()  # of these calls, those that ask what is cached
+        self._followers: set[int] = set()  # clients that have been told
         self._next_call = 0
         self._stats = NO_STATS  # as last heard
 
@@ -52,6 +56,8 @@ class Ledger:
     def leave(self, client: int) -> Abort | None:
         """Forget the client; what the engine is to stop for its sake."""
         self._calls = {call: asked for call, asked in self._calls.items() if asked[0] != client}
+        self._follows &= self._calls.keys()
+        self._followers.discard(client)
         requests = self._requests.pop(client)
         for inner in requests:
             del self._asked[inner]
@@ -59,6 +65,11 @@ class Ledger:
 
     def outstanding(self, client: int) -> int:
         return len(self._requests[client])
+
+    @property
+    def total(self) -> int:
+        """Outstanding requests of all clients. Any thread may ask."""
+        return len(self._asked)
 
     def inward(
         self, client: int, message: ToEngine, *, owner: bool
@@ -81,17 +92,29 @@ class Ledger:
                 return (message if owner else None), None
             case ResetPrefixCache():
                 return self._call(client, message), None
+            case FollowKv():
+                asked = self._call(client, message)
+                self._follows.add(self._next_call)
+                return asked, None
             case Sleep() | WakeUp() | LimitKv() | StartTrace() | StopTrace():
                 if not owner:
                     return None, Reply(call_id=message.call_id, refused=OWNERS_ONLY)
                 return self._call(client, message), None
 
-    def outward(self, message: Outputs | Reply) -> Iterable[tuple[int, FromEngine]]:
+    def outward(self, message: Outputs | Reply | KvChanges) -> Iterable[tuple[int, FromEngine]]:
         """-> who gets what of it. What is for clients that have left is for nobody."""
         if isinstance(message, Outputs):
             return self._outputs(message)
+        if isinstance(message, KvChanges):
+            return [(client, message) for client in sorted(self._followers)]
         client, call_id = self._calls.pop(message.call_id, (None, 0))
-        return [] if client is None else [(client, replace(message, call_id=call_id))]
+        if client is None:
+            return []
+        if message.call_id in self._follows:
+            self._follows.remove(message.call_id)
+            if message.refused is None:
+                self._followers.add(client)  # what changes from here on comes after this reply
+        return [(client, replace(message, call_id=call_id))]
 
     def _outputs(self, message: Outputs) -> list[tuple[int, FromEngine]]:
         self._stats = message.stats
@@ -127,7 +150,9 @@ class Ledger:
         return taken, Outputs(outputs=refused, stats=self._stats) if refused else None
 
     def _call(
-        self, client: int, message: ResetPrefixCache | Sleep | WakeUp | LimitKv | StartTrace | StopTrace
+        self,
+        client: int,
+        message: ResetPrefixCache | Sleep | WakeUp | LimitKv | FollowKv | StartTrace | StopTrace,
     ) -> ToEngine:
         self._next_call += 1
         self._calls[self._next_call] = client, message.call_id

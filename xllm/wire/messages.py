@@ -5,7 +5,7 @@ a sentence; nothing is guessed. Messages are immutable, so the in-memory channel
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,7 +15,7 @@ from xllm.core.output import SequenceOutput
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
 
-VERSION = 4
+VERSION = 5
 
 
 class WireError(XllmError):
@@ -49,6 +49,8 @@ class Submit(_Message, frozen=True):
     seed: int | None = None  # goes before that of `params`; with neither the core draws one
     output_token_ids: Sequence[int] = ()  # generated for it already, by this engine or another
     num_prompt_logprobs: int = 0  # how many of them have come; all have where there is an output token
+    ttft_s: float | None = None  # targets for the first token and for each after it: routers choose by them
+    tpot_s: float | None = None
 
 
 class SubmitMany(_Message, frozen=True):
@@ -82,6 +84,13 @@ class LimitKv(_Message, frozen=True):
     blocks: int | None
 
 
+class FollowKv(_Message, frozen=True):
+    """Tell what is cached from now on, as `KvChanges`. The reply's value, `{"number": n, "blocks": {medium: [hash, ...]}}`, is
+    what there is now: changes from number n on come after it. Hashes are `wire.kv_events.block_hash`, mediums those of events."""
+
+    call_id: int
+
+
 class StartTrace(_Message, frozen=True):
     """Record what the device does from here on. Refused while a trace is being taken."""
 
@@ -112,10 +121,11 @@ class Loading(_Message, frozen=True):
 
 class Ready(_Message, frozen=True):
     """The engine takes requests. `seconds` is the start-up time by part, `config` what was decided in the end: an
-    engine that measures its memory completes what it was given."""
+    engine that measures its memory completes what it was given. `addresses` is where others than its owner reach it."""
 
     config: EngineConfig
     seconds: dict[str, float] = {}
+    addresses: Sequence[str] = ()
 
 
 class Outputs(_Message, frozen=True):
@@ -131,6 +141,22 @@ class Heartbeat(_Message, frozen=True):
     progress: int
     busy: bool
     stats: SchedulerStats | None = None
+    outstanding: int = 0  # requests that have not ended, of all clients, where the engine has several
+
+
+class KvChange(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Blocks of one tier that can be found from now on, or no longer; "cleared" is every block of every tier."""
+
+    kind: Literal["stored", "removed", "cleared"]
+    medium: str = ""
+    hashes: Sequence[int] = ()
+
+
+class KvChanges(_Message, frozen=True):
+    """What changed in one engine turn, in order, to clients that asked (`FollowKv`). Numbers go up by one."""
+
+    number: int
+    changes: Sequence[KvChange]
 
 
 class Reply(_Message, frozen=True):
@@ -153,11 +179,12 @@ ToEngine = (
     | Sleep
     | WakeUp
     | LimitKv
+    | FollowKv
     | StartTrace
     | StopTrace
     | Shutdown
 )
-FromEngine = Loading | Ready | Outputs | Heartbeat | Reply | Fault
+FromEngine = Loading | Ready | Outputs | Heartbeat | KvChanges | Reply | Fault
 Message = ToEngine | FromEngine
 
 

@@ -15,7 +15,7 @@ still has the name: it cannot have been given to another. Not thread-safe: it be
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from xllm.core.transfer import Disown, Loaded, News, Order, Save, Saved, Seen, Send, Sent, TierStats, Written
@@ -238,6 +238,10 @@ class Offload:
         return sum(self.disk.adopt(slot, name) for slot, name in entries if 0 <= slot < self.disk.capacity)
 
     # how it stands
+
+    def told(self) -> dict[str, Callable[[], Iterable[bytes]]]:
+        """By tier, which names the events have told of and that can be found, whenever it is asked."""
+        return {tier.medium: tier.told for tier in self._tiers}
 
     @property
     def busy(self) -> bool:

@@ -13,7 +13,7 @@ to the scheduler's thread.
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from xllm.core.transfer import TierStats
 from xllm.kv.events import EventLog, Origin
@@ -84,6 +84,11 @@ class SlotIndex:
     def name_of(self, slot: int) -> bytes | None:
         """None where the slot is free or leaving."""
         return self._name_of[slot]
+
+    def told(self) -> Iterator[bytes]:
+        """Names that the events have told of and that can be found. What an earlier run has left is not among them: its
+        tokens are unknown, so events cannot tell."""
+        return (name for slot in self._told if (name := self._name_of[slot]) is not None)
 
     def is_filling(self, slot: int) -> bool:
         return slot in self._filling

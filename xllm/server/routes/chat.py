@@ -186,6 +186,7 @@ class Call:
             priority=body.priority or 0,
             deadline_s=body.deadline_s,
             cache_salt=body.cache_salt or "",
+            targets=body.targets(self.state),
         )
 
     def _params(self, prompt_tokens: int) -> SamplingParams:

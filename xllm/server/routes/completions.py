@@ -112,6 +112,7 @@ class Call:
                 priority=body.priority or 0,
                 deadline_s=body.deadline_s,
                 cache_salt=body.cache_salt or "",
+                targets=body.targets(self.state),
             )
             for i, prompt in enumerate(prompts)
         ]

@@ -40,6 +40,8 @@ async def ready(request: Request) -> Response:
     state = server_state.of(request)
     if state.draining:
         return error_response(Unavailable("the server is shutting down", retry_after_s=5))
+    if missing := state.engine.missing():
+        return error_response(Unavailable(missing, retry_after_s=5))
     return await health(request)
 
 
