@@ -9,6 +9,8 @@ from typing import NoReturn
 # command -> (module whose `add_parsers(subparsers)` defines it, one line for --help)
 COMMANDS = {
     "serve": ("xllm.server.serve", "serve a model over an OpenAI-compatible HTTP API"),
+    "up": ("xllm.server.up", "serve a model with several engines behind a router, on this machine"),
+    "router": ("xllm.server.router", "serve the instances of a cluster as one"),
     "chat": ("xllm.server.chat", "talk to a model in the terminal"),
     "complete": ("xllm.server.complete", "let a model continue a text in the terminal"),
     "bench": ("xllm.bench.cli", "measure a server or the engine"),
