@@ -9,6 +9,7 @@ from xllm.bench.options import (
     StartupOptions,
     ThroughputOptions,
 )
+from xllm.bench.simulate_options import add_simulation
 from xllm.config.flags import add_flags, from_namespace
 from xllm.config.options import EngineOptions
 
@@ -36,6 +37,8 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     _add_model(startup)
     add_flags(startup, StartupOptions, EngineOptions)
     startup.set_defaults(run=_startup)
+
+    add_simulation(commands)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
