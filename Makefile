@@ -3,10 +3,10 @@ SHELL := /bin/bash
 PYTHON := .venv/bin/python
 PYTEST_ARGS ?=
 
-.PHONY: help setup setup-dev demo test test-all lint format coverage bench clean
+.PHONY: help setup setup-dev demo demo-cluster test test-all lint format coverage bench clean
 
 help: ## list these commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 setup: ## make .venv with what serving needs
 	@tools/setup.sh
@@ -16,6 +16,9 @@ setup-dev:
 
 demo: setup ## serve the demo model, ask it a question over HTTP, stop
 	@$(PYTHON) tools/first_run.py
+
+demo-cluster: setup-dev ## a router and three instances; one is killed while it answers
+	@$(PYTHON) tools/first_cluster.py
 
 test: setup-dev lint ## lint, types, layers, then the default tests
 	@echo "==> tests"
