@@ -27,12 +27,18 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+WITH_THE_CARD_S = (
+    600  # a test may wait long until those that look at the card's memory have had it to themselves
+)
 # What Triton's interpreter (TRITON_INTERPRET=1) can run of the tests marked gpu, on a machine without one.
 INTERPRETABLE = ("tests/ops/", "tests/engine/test_interpreted.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if shutil.which("nvidia-smi") is not None:
+        for item in items:
+            if "gpu" in item.keywords and item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(WITH_THE_CARD_S))
         return
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:

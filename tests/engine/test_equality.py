@@ -120,7 +120,7 @@ def truth(model, prompts):
 
 
 def open_engine(model, c: Combination) -> LLM:
-    roomy, pressed = 4096, LONGEST if c.company == "alone" else 3 * LONGEST
+    roomy, pressed = 4096, LONGEST if c.company == "alone" else 2 * LONGEST
     tokens = pressed if c.preemption else roomy
     each = BLOCK * 2 * 2 * 2 * 16 * 4
     if c.pool == "contiguous":

@@ -145,6 +145,13 @@ class TestSaving:
         assert offload.disk.find(A) is None
         assert offload.distrusted() == [0]
 
+    def test_a_write_that_a_slow_disk_has_no_time_for_is_no_failure(self, offload):
+        offload.save(A, 7)
+        offload.take([Saved(1, True), Written(1, False, behind=True)])
+        assert offload.disk.find(A) is None
+        assert [(tier.failures, tier.skipped) for tier in offload.stats] == [(0, 0), (0, 1)]
+        offload.audit()
+
     def test_news_that_nobody_waits_for_is_an_error(self, offload):
         for news in (Saved(1, True), Written(1, True), Loaded(1, 0, [], 0.0)):
             with pytest.raises(KeyError):

@@ -93,10 +93,12 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The half of a `Save` from host to disk has ended. `disk`: the disk slot holds the block."""
+    """The half of a `Save` from host to disk has ended. `disk`: the disk slot holds the block; `behind`: it does not, because
+    too many others were to be written."""
 
     ticket: int
     disk: bool
+    behind: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,4 +145,4 @@ class TierStats:
     stored: int  # became findable here
     evicted: int  # given up for others
     failures: int  # on their way here and lost, or found missing or damaged when they were read
-    skipped: int  # not stored because no slot could be had
+    skipped: int  # not stored because no slot could be had, or too many others were on their way

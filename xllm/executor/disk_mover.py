@@ -54,14 +54,15 @@ class DiskMover:
         for _ in range(min(self._workers, len(task.to_read))):
             self._readers.submit(self._read_for, task)
 
-    def write(self, task: Write) -> bool:
-        """False where there is nothing to write, or too many wait."""
-        if self._closing or len(self._writes) >= self._most_writes:
-            return False
-        if self._host.sealed(task.order.host_slot, task.order.name) is None:
-            return False  # it was not saved
+    def write(self, task: Write) -> Written | None:
+        """Why it will not be, where it will not."""
+        order = task.order
+        if self._closing or self._host.sealed(order.host_slot, order.name) is None:  # it was not saved
+            return Written(order.ticket, disk=False)
+        if len(self._writes) >= self._most_writes:
+            return Written(order.ticket, disk=False, behind=True)
         self._queue(task)
-        return True
+        return None
 
     def void(self, task: Void) -> None:
         self._queue(task)

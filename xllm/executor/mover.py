@@ -190,8 +190,10 @@ class Mover:
                     assert self._disk is not None, "nothing is void without a disk"
                     self._disk.void(task)
                 case Write() as task:
-                    if self._disk is None or not self._disk.write(task):
-                        ready += self._leave(task, Written(task.order.ticket, disk=False))
+                    nowhere = Written(task.order.ticket, disk=False)
+                    refused = nowhere if self._disk is None else self._disk.write(task)
+                    if refused is not None:
+                        ready += self._leave(task, refused)
                 case SendOut() as task:
                     if self._remote is None or not self._remote.send(task):
                         ready += self._leave(task, Sent(task.order.ticket, stored=False))

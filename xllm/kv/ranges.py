@@ -25,9 +25,9 @@ from xllm.kv.pool import BlockPool
 from xllm.kv.ready import ReadyRanges
 
 READY = 4  # free ranges with free pages mapped that are kept for who comes
-HITS_A_STEP = (
-    32  # pages of cached prefixes that are mapped for those who come in one step: mapping one takes 50 us
-)
+# pages of cached prefixes that are mapped for those who come in one step: mapping one takes 50 us, and many addresses of
+# one page are slower to read than one
+HITS_A_STEP = 8
 BARE = -1  # where a range shows no page
 LOOKED_AT = 64  # ranges that show a page, before the next request is given another one
 

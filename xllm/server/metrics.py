@@ -174,7 +174,7 @@ DEFINITIONS = (
     Definition("kv_tier_stored", Counter, "KV blocks that a tier took in", _TIER),
     Definition("kv_tier_evictions", Counter, "KV blocks it gave up for others", _TIER),
     Definition("kv_tier_failures", Counter, "KV blocks it could not keep or give back sound", _TIER),
-    Definition("kv_tier_skipped", Counter, "KV blocks it had no room for at that moment", _TIER),
+    Definition("kv_tier_skipped", Counter, "KV blocks it had no room or no time for at that moment", _TIER),
     Definition("kv_segments", Gauge, "Segments of memory that an elastic KV pool could have"),
     Definition("kv_segments_mapped", Gauge, "Of those, with memory"),
     Definition("kv_segments_grown", Counter, "Times a segment got memory"),

@@ -183,7 +183,10 @@ class Offload:
             self.disk.ready(order.disk_slot)
         else:
             self.disk.cancel(order.disk_slot)
-            self.disk.failures += 1
+            if news.behind:
+                self.disk.skipped += 1
+            else:
+                self.disk.failures += 1
 
     def _sent(self, news: Sent) -> None:
         order = self._sends.pop(news.ticket)

@@ -48,7 +48,7 @@ class SlotIndex:
         # statistics, ever growing
         self.stored = 0
         self.evicted = 0
-        self.skipped = 0  # reservations that found no slot
+        self.skipped = 0  # reservations that found no slot, and blocks for which there was no time
         self.hits = 0  # counted by who loads
         self.failures = 0  # likewise
 
