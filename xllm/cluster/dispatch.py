@@ -150,7 +150,6 @@ class Dispatcher:
                 self.counts.failed += news.finish is Finish.ERROR
                 self._leave(journey, journey.stages[-1].tokens, now)
                 self._end(journey)
-                journey.end()
         return found
 
     def abort(self, ids: Iterable[str], now: float) -> dict[Incarnation, list[str]]:
@@ -167,7 +166,6 @@ class Dispatcher:
                 journey.stages[-1].ended = now
                 self._leave(journey, 0, now)
             self._end(journey)
-            journey.end()
         return found
 
     def lost(self, at: Incarnation, why: str, now: float, *, failed: bool = True) -> int:
@@ -259,6 +257,5 @@ class Dispatcher:
     def _give_up(self, journey: Journey, why: str) -> SequenceOutput:
         log.warning("request %s ends: %s", journey.id, why)
         self.counts.failed += 1
-        del self._journeys[journey.id]
-        journey.end()
+        self._end(journey)
         return SequenceOutput(request_id=journey.id, finish=Finish.ERROR, error=why)
