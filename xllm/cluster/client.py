@@ -32,6 +32,7 @@ from xllm.wire.messages import (
     KvChanges,
     Message,
     Outputs,
+    Ready,
     Reply,
     ResetPrefixCache,
     Submit,
@@ -287,7 +288,7 @@ class ClusterClient:
             if (link := self._links.get(at)) is not None:
                 self._hear(link, now)
                 self._look(link, now)
-        if now >= self._tick_at or self._dispatcher.homeless:
+        if now >= self._tick_at:
             self._tick_at = now + TICK_S
             self._stats = total([link.stats for link in self._links.values() if link.stats is not None])
             for link in list(self._links.values()):
@@ -307,7 +308,12 @@ class ClusterClient:
             before = link.take(message, now)
             match message:
                 case Outputs(outputs=outputs):
+                    homeless = self._dispatcher.homeless
                     self._outputs += self._dispatcher.heard(link.at, outputs, now)
+                    if self._dispatcher.homeless > homeless:  # it ended one with an error
+                        self._tick_at = 0.0
+                case Ready():
+                    self._tick_at = 0.0  # somebody may wait for it
                 case Heartbeat(stats=SchedulerStats() as stats):
                     self._dispatcher.told(link.at, Load.between(before, stats), now)
                 case KvChanges():
