@@ -163,11 +163,11 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts():
 
 def test_on_a_terminal_there_is_a_live_table():
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (30, 120))
+    termios.tcsetwinsize(theirs, (30, 80))
     argv = [sys.executable, *UP, "steady", *FLAGS]
     up = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, start_new_session=True,
-        env={**os.environ, "TERM": "xterm-256color"},
+        env={k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm-256color"},
     )  # fmt: skip
     os.close(theirs)
     try:

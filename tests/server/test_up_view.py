@@ -38,10 +38,10 @@ def test_the_table_and_the_last_lines_below():
     lines = (("instance-1", "hello"), ("router", "a request"))
     assert shown(Snapshot("demo on http://127.0.0.1:8000/v1", ROWS, lines)) == [
         "demo on http://127.0.0.1:8000/v1",
-        "instance    role    state     running  waiting  KV               cached blocks  restarts",
-        "instance-1  both    ready           3        1  ━━━━━━━━━━  50%            120         0",
-        "instance-2  decode  draining        1        0  ━━━━━━━━━━ 100%              7         2",
-        "instance-3          starting                                                           1",
+        "instance    role    state     running  waiting  KV             cached  restarts",
+        "instance-1  both    ready           3        1  ━━━━━━━━  50%     120         0",
+        "instance-2  decode  draining        1        0  ━━━━━━━━ 100%       7         2",
+        "instance-3          starting                                                  1",
         "",
         "instance-1 | hello",
         "router     | a request",

@@ -11,7 +11,7 @@ from xllm.cluster.membership import Member
 from xllm.server.children import Child
 from xllm.server.log_lines import Line, colour
 
-BAR = 10  # characters of a full bar
+BAR = 8  # characters of a full bar: all columns fit into 80
 FEWEST_LINES = 3
 STYLES = {
     "starting": "yellow",
@@ -81,7 +81,7 @@ def render(snapshot: Snapshot, height: int) -> RenderableType:
     for name in ("running", "waiting"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("KV", no_wrap=True)
-    for name in ("cached blocks", "restarts"):
+    for name in ("cached", "restarts"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in snapshot.rows:
         table.add_row(
