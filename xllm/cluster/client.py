@@ -8,7 +8,6 @@ waits for (sessions that ended, requests without an instance) is done by the thr
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import zmq
@@ -18,6 +17,7 @@ from xllm.cluster.dispatch import Counts, Dispatcher, Sending
 from xllm.cluster.instance import InstanceInfo
 from xllm.cluster.journey import Incarnation
 from xllm.cluster.link import FOLLOW, Link, Standing
+from xllm.cluster.status import InstanceStatus, standing, status
 from xllm.cluster.summary import total
 from xllm.cluster.view import Load
 from xllm.config.decided import EngineConfig
@@ -41,23 +41,6 @@ from xllm.wire.messages import (
 
 TICK_S = 0.2  # between two looks at sessions and at requests without an instance
 MESSAGES_A_ROUND = 256  # of one instance, before others have their turn
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceStatus:
-    """One instance as this router sees it."""
-
-    id: str
-    epoch: int
-    address: str
-    role: str
-    state: str  # "serving", "draining", "leaving", or where it does not stand well: "away", "stalled"
-    why: str  # empty where it serves
-    requests: int  # of this router
-    running: int
-    waiting: int
-    kv_usage: float
-    cached_blocks: tuple[int, int, int]  # that this router knows of: device, host, disk
 
 
 class ClusterClient:
@@ -178,7 +161,10 @@ class ClusterClient:
                 return None
             if not self._links:
                 return "no instance is registered"
-            return "; ".join(f"{link.at.id}: {self._state(link)[1]}" for link in self._links.values())
+            found = (
+                (link.at.id, standing(link, link.at in self._draining)[1]) for link in self._links.values()
+            )
+            return "; ".join(f"{id}: {why}" for id, why in found)
 
     def dump_stacks(self) -> None:
         """Nobody's but an instance's own server's."""
@@ -214,28 +200,12 @@ class ClusterClient:
 
     def instances(self) -> list[InstanceStatus]:
         with self._lock:
-            return [self._status(link) for link in sorted(self._links.values(), key=lambda link: link.at)]
+            links = sorted(self._links.values(), key=lambda link: link.at)
+            return [status(link, self._dispatcher, link.at in self._draining) for link in links]
 
     def stats(self) -> SchedulerStats:
         """All instances together, as of their last reports."""
         return self._stats
-
-    def _status(self, link: Link) -> InstanceStatus:
-        state, why = self._state(link)
-        stats, info = link.stats, link.info
-        return InstanceStatus(
-            id=info.id, epoch=info.epoch, address=info.address, role=info.role, state=state, why=why,
-            requests=self._dispatcher.running(link.at), running=stats.running if stats else 0,
-            waiting=stats.waiting if stats else 0, kv_usage=stats.kv_usage if stats else 0.0,
-            cached_blocks=self._dispatcher.index.totals(info.id),
-        )  # fmt: skip
-
-    def _state(self, link: Link) -> tuple[str, str]:
-        if link.leaving:
-            return "leaving", "it is not registered any more"
-        if link.standing is not Standing.WELL:
-            return link.standing.value, link.why
-        return ("draining", "it is shutting down") if link.at in self._draining else ("serving", "")
 
     # ---- under the lock
 
