@@ -106,6 +106,7 @@ class Rig:
         spare_ranges: int = 0,
         most_mapped: int | None = None,
         hits_a_step: int = 32,
+        peers: bool = False,
         **changes: Any,
     ):
         self.config = config(**changes)
@@ -121,7 +122,9 @@ class Rig:
         self.refused: Callable[[], bool] = lambda: False  # whether the next order to grow is
         self.offload = self._offload(host_slots, disk_slots, stored) if host_slots else None
         self.ranges = self._ranges(spare_ranges, most_mapped, hits_a_step) if spare_ranges else None
-        self.scheduler = Scheduler(self.config, self.pool, self.offload, self.elastic, self.ranges)
+        self.scheduler = Scheduler(
+            self.config, self.pool, self.offload, self.elastic, self.ranges, peers=peers
+        )
         self.executor = FakeExecutor(block_size, burst)
         if spare_ranges:
             self.executor.places = FakePlaces(first=num_blocks + 1)
@@ -236,7 +239,7 @@ class Rig:
         if self.elastic is not None and plan is None and self.scheduler.has_work:
             self.now += 0.5  # memory may come later
             return []
-        moves = self.mover.told or self.mover.can_work
+        moves = self.mover.told or self.mover.can_work or self.others_move()
         assert plan is not None or not self.scheduler.has_work or moves, (
             "requests live, but nothing runs or can be planned"
         )
@@ -253,9 +256,17 @@ class Rig:
             assert self.mover.can_work or self.mover.told or not busy, "orders without news"
             self.move()
             self.scheduler.take(self.mover.news())
+        self.end_others()
         self.scheduler.audit()
         assert self.pool.usage == 0
         return self
+
+    def others_move(self) -> bool:
+        """Whether something else may come that lets requests go on."""
+        return False
+
+    def end_others(self) -> None:
+        """Nobody lives any more: what others hold is given back."""
 
     def run(self, *requests: Request) -> "Rig":
         for one in requests:

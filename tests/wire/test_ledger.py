@@ -10,7 +10,10 @@ from xllm.wire.messages import (
     KvChange,
     KvChanges,
     LimitKv,
+    Offer,
     Outputs,
+    Provide,
+    Provided,
     Reply,
     ResetPrefixCache,
     Shutdown,
@@ -19,6 +22,7 @@ from xllm.wire.messages import (
     StopTrace,
     Submit,
     SubmitMany,
+    Taken,
     ToEngine,
     WakeUp,
 )
@@ -133,3 +137,35 @@ def test_outstanding_requests_are_counted_over_all_clients():
     assert ledger.total == 1
     ledger.leave(2)
     assert ledger.total == 0
+
+
+def provide(id):
+    return Provide(request_id=id, prompt_token_ids=[1], first_block=0, block_size=1, fingerprint="")
+
+
+def test_what_is_provided_belongs_to_who_asked_until_it_ends():
+    ledger = Ledger(max_requests=2)
+    for client in (1, 2):
+        ledger.join(client)
+        inward, answer = ledger.inward(client, provide("a"), owner=False)
+        assert (inward, answer) == (provide(f"{client}/a"), None)
+    assert ledger.inward(1, Taken("b", 1), owner=False) == (None, None)
+    assert ledger.inward(1, Taken("a", 1), owner=False) == (Taken("1/a", 1), None)
+    offer = Offer(request_id="2/a", descriptor=b"", first=0, blocks=[1], sums=[2], total=1)
+    assert [client for client, _ in ledger.outward(offer)] == [2]
+    assert list(ledger.outward(Provided("2/a", 1))) == [(2, Provided("a", 1))]
+    assert list(ledger.outward(offer)) == []
+    assert ledger.total == 1
+    assert ledger.leave(1) == Abort(request_ids=["1/a"])
+    assert list(ledger.outward(Provided("1/a", 0))) == []
+
+
+def test_provisions_count_as_requests():
+    ledger = Ledger(max_requests=1)
+    ledger.join(1)
+    ledger.inward(1, ask("a", [1]), owner=False)
+    for id in ("a", "b"):
+        inward, answer = ledger.inward(1, provide(id), owner=False)
+        assert inward is None
+        assert isinstance(answer, Provided)
+        assert answer.error is not None

@@ -14,6 +14,7 @@ from xllm.config.decided import (
     SchedulerConfig,
 )
 from xllm.core.output import Finish, SequenceOutput
+from xllm.core.peers import KvFrom
 from xllm.core.plan import TokenLogprobs
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
@@ -27,7 +28,10 @@ from xllm.wire.messages import (
     KvChanges,
     LimitKv,
     Loading,
+    Offer,
     Outputs,
+    Provide,
+    Provided,
     Ready,
     Reply,
     ResetPrefixCache,
@@ -37,6 +41,7 @@ from xllm.wire.messages import (
     StopTrace,
     Submit,
     SubmitMany,
+    Taken,
     WakeUp,
     WireError,
     decode,
@@ -70,6 +75,11 @@ ONE_OF_EACH = [
         ]
     ),
     Abort(request_ids=["a", "b"]),
+    Submit(request_id="r", prompt_token_ids=[1], params=SamplingParams(), kv_from=KvFrom("tcp://a:1", "p", 7, compute=False)),
+    Provide(request_id="r", prompt_token_ids=[1, 2], first_block=1, block_size=1, fingerprint="00ff", deadline_s=0.5),
+    Taken(request_id="r", upto=3),
+    Offer(request_id="r", descriptor=b"\0x", first=1, blocks=[7, 3], sums=[2**64 - 1, 0], total=3),
+    Provided(request_id="r", count=3, error="gone"),
     ResetPrefixCache(call_id=4),
     Sleep(call_id=5),
     WakeUp(call_id=6),

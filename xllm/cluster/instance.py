@@ -42,7 +42,9 @@ class InstanceInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     max_model_len: int
     max_num_batched_tokens: int = 2048  # of a step
     max_num_queued: int | None = None  # requests beyond max_num_seqs; None: as many as come
-    role: Role = "both"
+    role: Role = "both"  # for routers: each of them takes every request
+    # of KV: instances of the same transport and one fingerprint exchange it; None: this one does not
+    transport: str | None = None
     http: str | None = None  # URL of its own HTTP server
     draining: bool = False  # finishes what runs, takes nothing new
 

@@ -8,11 +8,11 @@ _MEANS = ("kv_usage",)
 
 
 def total(parts: Sequence[SchedulerStats]) -> SchedulerStats:
-    """Sums; of `kv_usage` the mean. What only one engine can say (tiers, segments) is left out."""
+    """Sums; of `kv_usage` the mean. What only one engine can say (tiers, segments, peers) is left out."""
     numbers = {
         name: sum(getattr(part, name) for part in parts)
         for name in SchedulerStats.__struct_fields__
-        if name not in ("executor", "kv_events", "tiers", "segments")
+        if name not in ("executor", "kv_events", "tiers", "segments", "peers")
     }
     for name in _MEANS:
         numbers[name] = numbers[name] / max(1, len(parts))

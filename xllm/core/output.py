@@ -36,6 +36,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     queued_s: float | None = None  # arrival to first scheduled, on the first output
     prefill_s: float | None = None  # first scheduled to first token, on the first output
     num_preemptions: int = 0
+    fetched_tokens: int = 0  # of the prompt, whose KV came from a peer; on the first output
+    fetch_s: float = 0.0  # how long the request waited for that
 
 
 @dataclass(slots=True)

@@ -3,12 +3,13 @@
 import enum
 from dataclasses import dataclass, field
 
+from xllm.core.peers import KvFrom
 from xllm.core.sampling import SamplingParams
 
 
 class Phase(enum.Enum):
     WAITING = "waiting"  # in the queue; holds no slot; blocks only if it was preempted to swap (not yet)
-    FETCHING = "fetching"  # stands aside while KV comes up from a lower tier; holds neither
+    FETCHING = "fetching"  # stands aside while KV comes up from a lower tier or from a peer; holds neither
     RUNNING = "running"  # holds a slot and blocks
     FINISHED = "finished"
 
@@ -31,6 +32,7 @@ class Request:
     priority: int = 0  # lower runs first, as in vLLM
     deadline: float | None = None  # scheduler clock; order "deadline" sorts by it
     cache_salt: str = ""
+    kv_from: KvFrom | None = None  # whom to ask for KV that is missing; None once that was done
 
     # where it stands: the scheduler's
     phase: Phase = Phase.WAITING
@@ -45,6 +47,8 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)  # of full blocks of known tokens
     num_published: int = 0  # of blocks, how many the prefix index knows under their hash
     num_cached_tokens: int = 0
+    fetched_tokens: int = 0  # whose KV came from a peer
+    fetch_s: float = 0.0  # how long it stood aside for that
     num_preemptions: int = 0
     first_scheduled: float | None = None
     rank: tuple[float, int] = (

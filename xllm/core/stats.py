@@ -2,6 +2,7 @@
 
 import msgspec
 
+from xllm.core.peers import PeerStats
 from xllm.core.places import PlaceStats
 from xllm.core.segments import SegmentStats
 from xllm.core.transfer import TierStats
@@ -44,4 +45,5 @@ class SchedulerStats(msgspec.Struct, frozen=True):
     kv_events: EventStats = EventStats()  # so are these
     tiers: tuple[TierStats, ...] = ()  # below the device, nearest first
     segments: SegmentStats | None = None  # of the KV cache, where its memory comes and goes
+    peers: PeerStats = PeerStats()  # KV from and to other engines
     cached_blocks: int = 0  # on the device, that prompts can find; of an engine that tells what it caches

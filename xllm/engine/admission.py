@@ -34,12 +34,13 @@ class Admission:
         """Empty when admitted; the terminal output when it is refused (an error) or its given output has ended it."""
         try:
             self._check(message)
-            ended = self._scheduler.add(self._request(message, now))
+            ended = self._scheduler.add(self.request(message, now))
         except XllmError as e:
             return [SequenceOutput(request_id=message.request_id, finish=Finish.ERROR, error=e.message)]
         return [] if ended is None else [ended]
 
-    def _request(self, message: Submit, now: float) -> Request:
+    def request(self, message: Submit, now: float) -> Request:
+        """That the message asks for; nobody knows of it yet."""
         params = message.params
         own = frozenset() if params.ignore_eos else self._eos_ids
         longest = self._max_model_len
@@ -58,6 +59,7 @@ class Admission:
             priority=message.priority,
             deadline=None if message.deadline_s is None else now + message.deadline_s,
             cache_salt=message.cache_salt,
+            kv_from=message.kv_from,
             output_token_ids=given,
             num_prompt_logprobs=len(message.prompt_token_ids) - 1 if given else message.num_prompt_logprobs,
         )

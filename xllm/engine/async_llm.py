@@ -66,6 +66,8 @@ class AsyncLLM:
         self.default_params = sampling_defaults(options, config)
         self.startup_s = client.startup_s
         self.addresses = addresses
+        # how other engines read this one's KV, if they do
+        self.kv_transport = client.kv_transport if isinstance(client, ProcessClient) else None
         self._client = client
         self._seeds = seeds or SeedSource(config.executor.seed)
         self._outputs = OutputProcessor(tokenizer)

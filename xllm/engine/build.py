@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from xllm.config.decided import EngineConfig, ModelConfig, TierConfig
 from xllm.config.facts import ModelFacts, kept_in
@@ -31,6 +32,9 @@ from xllm.models.source import locate
 from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.channel import Channel
 from xllm.wire.messages import Loading
+
+if TYPE_CHECKING:
+    from xllm.engine.sharing import Sharing  # brings torch
 
 AHEAD = 32  # tokens before a sequence fills its block, a page for the next is mapped
 RESERVE_SEGMENTS = 2  # of an elastic pool, mapped ahead of demand
@@ -84,25 +88,26 @@ def _overrides(text: str | None) -> dict[str, object] | None:
 
 def build_core(
     config: EngineConfig, inbox: Channel, on_loading: Callable[[Loading], None], startup_s: dict[str, float],
-    *, followed: bool = False,
+    *, followed: bool = False, sharing: "Sharing | None" = None,
 ) -> tuple[EngineCore, EngineConfig]:  # fmt: skip
     """Everything an engine needs, ready to run, and the configuration with what only the engine could measure.
 
     `startup_s` receives the seconds of each part. `followed`: clients may ask what is cached (`FollowKv`).
+    `sharing`: KV goes to and comes from other engines.
     """
     with ExitStack() as undo:
         events = None
         if followed or config.kv_events is not None:  # before anything slow: the address may be taken
             events = EventStream(config.kv_events, config.cache.block_size)
             undo.callback(events.close)
-        built = _build(config, inbox, on_loading, startup_s, events)
+        built = _build(config, inbox, on_loading, startup_s, events, sharing)
         undo.pop_all()
         return built
 
 
 def _build(
     config: EngineConfig, inbox: Channel, on_loading: Callable[[Loading], None], startup_s: dict[str, float],
-    events: EventStream | None,
+    events: EventStream | None, sharing: "Sharing | None",
 ) -> tuple[EngineCore, EngineConfig]:  # fmt: skip
     begin = time.perf_counter()
     # torch comes with these: only who runs a core pays for it
@@ -111,6 +116,7 @@ def _build(
     from xllm.executor.runner import Runner
 
     startup_s["import"] = time.perf_counter() - begin
+    runners: list[Runner] = []
 
     def build() -> Runner:
         nonlocal config
@@ -119,6 +125,7 @@ def _build(
             on_loading=lambda what, done, total: on_loading(Loading(what=what, done=done, total=total)),
             startup_s=startup_s,
         )
+        runners.append(runner)
         return runner
 
     asynchronous = device_class(config.executor.device).asynchronous
@@ -148,12 +155,17 @@ def _build(
     offload = _offload(config.tiers, log, executor)
     if events is not None:
         events.cached = {DEVICE: pool.index.names, **({} if offload is None else offload.told())}
-    scheduler = Scheduler(scheduler_config, pool, offload, elastic, ranges)
+    scheduler = Scheduler(scheduler_config, pool, offload, elastic, ranges, peers=sharing is not None)
     admission = Admission(
         scheduler, eos_ids=frozenset(config.model.eos_ids), max_model_len=scheduler_config.max_model_len,
         seed=config.executor.seed, vocab_size=config.model.vocab_size,
     )  # fmt: skip
-    core = EngineCore(scheduler, executor, inbox, admission, depth=scheduler_config.depth, events=events)
+    peers = (
+        None if sharing is None else sharing.open(runners[0].kv_cache, config, scheduler, admission, inbox)
+    )
+    core = EngineCore(
+        scheduler, executor, inbox, admission, depth=scheduler_config.depth, events=events, peers=peers
+    )
     return core, config
 
 

@@ -136,6 +136,7 @@ class ProcessClient:
         self.config = config
         self.startup_s: dict[str, float] = {}
         self.addresses: Sequence[str] = ()
+        self.kv_transport: str | None = None
         self._process = subprocess.Popen([sys.executable, "-m", "xllm.engine.process"], stdin=subprocess.PIPE)
         try:
             assert self._process.stdin is not None
@@ -156,6 +157,7 @@ class ProcessClient:
                 self.startup_s = dict(message.seconds)
                 self.config = message.config
                 self.addresses = message.addresses
+                self.kv_transport = message.kv_transport
                 channel = self._channel
                 if isinstance(channel, ZmqChannel) and not channel.wait_connected(CONNECT_WAIT_S):
                     raise EngineFault("the engine process does not listen to us")

@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -23,6 +24,8 @@ from xllm.wire.messages import (
     LimitKv,
     Message,
     Outputs,
+    Provide,
+    Provided,
     Reply,
     ResetPrefixCache,
     Shutdown,
@@ -31,8 +34,12 @@ from xllm.wire.messages import (
     StopTrace,
     Submit,
     SubmitMany,
+    Taken,
     WakeUp,
 )
+
+if TYPE_CHECKING:
+    from xllm.engine.peers import Peers  # brings torch
 
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 1.0
@@ -55,6 +62,7 @@ class EngineCore:
         depth: int,
         clock: Clock = monotonic,
         events: EventStream | None = None,
+        peers: "Peers | None" = None,
     ):
         self.scheduler = scheduler
         self.executor = executor
@@ -67,6 +75,7 @@ class EngineCore:
         self._kv_limit: int | None = None  # blocks of an elastic pool
         self.last_stats: SchedulerStats | None = None  # as of the last turn; other threads read it
         self._admission = admission
+        self._peers = peers  # None: no KV comes from other engines or goes there
         self._events = events  # of the scheduler's pool; None where nobody wants them
 
     def run(self) -> None:
@@ -79,7 +88,12 @@ class EngineCore:
         wait_s = self._patience(wait_s)
         outputs = self._drain(0.0 if self.busy or (not self.asleep and self.executor.improve()) else wait_s)
         outputs += self.step()
+        if self._peers is not None:
+            outputs = self._peers.hidden(outputs)
+            self._peers.give()
         self.last_stats = msgspec.structs.replace(self.scheduler.stats(), executor=self.executor.stats)
+        if self._peers is not None:
+            self.last_stats = self._peers.completed(self.last_stats)
         if self._events is not None:
             self._tell(self._events)
             self.last_stats = msgspec.structs.replace(
@@ -92,12 +106,16 @@ class EngineCore:
 
     def step(self) -> list[SequenceOutput]:
         self.scheduler.take(self.executor.news())
+        if self._peers is not None:
+            self._peers.take()
         self._resize()
         plan = self.scheduler.plan(self.clock())
         self._map()
         if plan:
             self.inflight.append((plan, self.executor.submit(plan)))
         self._move()
+        if self._peers is not None:
+            self._peers.give()
         self._resize()  # planning may have asked for memory
         if self.inflight and (len(self.inflight) >= self.depth or not plan):
             _, future = self.inflight.popleft()
@@ -111,6 +129,8 @@ class EngineCore:
         if not plan and self.scheduler.has_work:
             if self.scheduler.lower.busy:
                 self.executor.wait_for_news(TRANSFER_WAIT_S)
+            elif self._peers is not None and self._peers.busy:
+                self._peers.wait(TRANSFER_WAIT_S)
             elif self.scheduler.elastic is not None:
                 self.executor.wait_until_resized(TRANSFER_WAIT_S)
         return []
@@ -118,7 +138,7 @@ class EngineCore:
     def _patience(self, wait_s: float | None) -> float | None:
         """How long to wait for a message where nothing runs: less where something else is to be done meanwhile."""
         times = [] if wait_s is None else [wait_s]
-        if self.scheduler.lower.busy:
+        if self.scheduler.lower.busy or (self._peers is not None and self._peers.busy):
             times.append(TRANSFER_WAIT_S)  # blocks are held for it
         elastic = self.scheduler.elastic
         if elastic is not None and not self.asleep:
@@ -153,9 +173,16 @@ class EngineCore:
 
     def close(self) -> None:
         """The loop has ended: give back the executor, and let subscribers have the last events."""
+        if self._peers is not None:
+            self._peers.close()
         self.executor.close()
         if self._events is not None:
             self._events.close()
+
+    @property
+    def kv_transport(self) -> str | None:
+        """How KV comes from other engines and goes there; None: it does not."""
+        return None if self._peers is None else self._peers.transport_name
 
     @property
     def busy(self) -> bool:
@@ -176,7 +203,10 @@ class EngineCore:
             case SubmitMany(requests=requests):
                 return self._submit(requests)
             case Abort(request_ids=ids):
-                return [output for id in ids if (output := self.scheduler.abort(id))]
+                left = ids if self._peers is None else self._peers.without_ours(ids)
+                return [output for id in left if (output := self.scheduler.abort(id))]
+            case Provide() | Taken():
+                self._exchange(message)
             case ResetPrefixCache(call_id=call_id):
                 self.scheduler.reset_prefix_cache()
                 self.inbox.send(Reply(call_id=call_id, value=True))
@@ -196,6 +226,13 @@ class EngineCore:
                 self.stopping = True
         return []
 
+    def _exchange(self, message: Provide | Taken) -> None:
+        if self._peers is not None:
+            self._peers.handle(message)
+        elif isinstance(message, Provide):
+            why = "this engine gives no KV to others"
+            self.inbox.send(Provided(request_id=message.request_id, count=0, error=why))
+
     def _submit(self, requests: Sequence[Submit]) -> list[SequenceOutput]:
         if self.asleep:
             return [
@@ -207,6 +244,8 @@ class EngineCore:
 
     def _sleep(self) -> str | None:
         """None when done (or done before), else why not."""
+        if self._peers is not None:
+            return "the engine cannot sleep: peers may be reading its KV memory"
         if self.busy:
             return f"the engine cannot sleep while {self.scheduler.num_running + self.scheduler.num_waiting} sequences run or wait"
         if not self.asleep:

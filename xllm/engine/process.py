@@ -10,6 +10,8 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import msgspec
 import zmq
@@ -22,6 +24,9 @@ from xllm.wire.channel import ZmqChannel, ZmqSender
 from xllm.wire.doors import Listen, Listening
 from xllm.wire.hub import Hub
 from xllm.wire.messages import Fault, Heartbeat, Ready
+
+if TYPE_CHECKING:
+    from xllm.engine.sharing import Sharing  # brings torch
 
 HEARTBEAT_S = 0.25
 ORPHAN_GRACE_S = 2.0  # a told Shutdown is carried out within this, or the process ends without it
@@ -51,11 +56,15 @@ def main() -> None:
         if failed is not None:
             raise failed
         startup_s: dict[str, float] = {}
-        followed = launch.listening is not None
-        core, config = build_core(launch.config, channel, channel.send, startup_s, followed=followed)
+        core, config = build_core(
+            launch.config, channel, channel.send, startup_s,
+            followed=launch.listening is not None, sharing=_sharing(launch.listening),
+        )  # fmt: skip
         gc.freeze()  # what is there stays: collections are to walk what steps leave behind, and nothing else
         addresses = channel.addresses[1:] if isinstance(channel, Hub) else ()
-        channel.send(Ready(config=config, seconds=startup_s, addresses=addresses))
+        channel.send(
+            Ready(config=config, seconds=startup_s, addresses=addresses, kv_transport=core.kv_transport)
+        )
         stop = threading.Event()
         heart = threading.Thread(
             target=_beat, args=(context, launch, channel, core, stop), name="xllm-heart", daemon=True
@@ -88,6 +97,20 @@ def _open(
         return Hub([owner, *launch.listening.doors], name=launch.listening.name), None
     except ConfigError as e:
         return Hub([owner]), e
+
+
+def _sharing(listening: Listening | None) -> "Sharing | None":
+    if listening is None or listening.kv_transport is None:
+        return None
+    from xllm.engine.sharing import Sharing
+
+    return Sharing(
+        listening.kv_transport,
+        token=listening.token,
+        name=listening.name,
+        listen=urlsplit(listening.addresses[0]).hostname or "127.0.0.1",
+        advertise=listening.advertise,
+    )
 
 
 def _fault(channel: ZmqChannel | Hub, reason: str) -> None:

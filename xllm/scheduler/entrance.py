@@ -9,6 +9,7 @@ from xllm.kv.pool import BlockPool
 from xllm.kv.ranges import Ranges
 from xllm.scheduler.admission import Demand
 from xllm.scheduler.lower_tiers import LowerTiers
+from xllm.scheduler.peers import PeerFetches
 from xllm.scheduler.running import RunningSet
 from xllm.scheduler.step import StepBuilder
 from xllm.scheduler.tables import BlockTables
@@ -20,7 +21,7 @@ class Entrance:
 
     def __init__(
         self, config: SchedulerConfig, admission: Callable[[Demand], bool], pool: BlockPool, tables: BlockTables,
-        running: RunningSet, lower: LowerTiers, elastic: Elastic | None, ranges: Ranges | None,
+        running: RunningSet, lower: LowerTiers, peers: PeerFetches, elastic: Elastic | None, ranges: Ranges | None,
     ):  # fmt: skip
         self.waiting = WaitingQueue()
         self.burst = 1  # most tokens one step has brought one sequence
@@ -30,6 +31,7 @@ class Entrance:
         self._tables = tables
         self._running = running
         self._lower = lower
+        self._peers = peers
         self._elastic = elastic
         self._ranges = ranges
 
@@ -76,11 +78,17 @@ class Entrance:
         return True
 
     def _fetch(self, request: Request) -> bool:
-        """Whether it stands aside: a store is asked, or KV comes up from a lower tier."""
-        lower, tables = self._lower, self._tables
-        if not lower or self._running.num_seated + lower.num_fetching >= self._config.max_num_seqs:
+        """Whether it stands aside: a store is asked, or KV comes up from a lower tier or over from a peer."""
+        lower, peers, tables = self._lower, self._peers, self._tables
+        if not lower and (not peers or request.kv_from is None):
+            return False
+        if self._running.num_seated + lower.num_fetching + peers.num_fetching >= self._config.max_num_seqs:
             return False  # it could not run any sooner
         hits = tables.find(request)
+        return self._fetch_up(request, hits) or self._fetch_over(request, hits)
+
+    def _fetch_up(self, request: Request, hits: Sequence[int]) -> bool:
+        lower, tables = self._lower, self._tables
         if lower.look(request, len(hits), tables.limit(request)):
             self.waiting.pop()
             return True
@@ -89,6 +97,16 @@ class Entrance:
             return False
         if not lower.fetch(request, hits, count, tables.origins(request, len(hits), count)):
             return False
+        self.waiting.pop()
+        return True
+
+    def _fetch_over(self, request: Request, hits: Sequence[int]) -> bool:
+        peers, tables = self._peers, self._tables
+        first, end = len(hits), tables.limit(request)
+        count = peers.wanted(request, first, end)
+        if not count or not self._admission(self._demand(request, hits)):
+            return False
+        peers.fetch(request, hits, request.block_hashes[first:end], tables.origins(request, first, count))
         self.waiting.pop()
         return True
 

@@ -85,6 +85,8 @@ def news(
         queued_s=_queued_s(request) if first else None,
         prefill_s=now - request.first_scheduled if first and request.first_scheduled is not None else None,
         num_preemptions=request.num_preemptions,
+        fetched_tokens=request.fetched_tokens if first else 0,
+        fetch_s=request.fetch_s if first else 0.0,
     )
 
 

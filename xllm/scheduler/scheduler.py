@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from xllm.config.decided import SchedulerConfig
 from xllm.core.errors import EngineFault, InvalidRequest
 from xllm.core.output import Finish, SequenceOutput
+from xllm.core.peers import Fetched
 from xllm.core.plan import StepPlan, StepResult, TokenLogprobs
 from xllm.core.request import Phase, Request
 from xllm.core.stats import SchedulerStats
@@ -23,6 +24,8 @@ from xllm.scheduler.batching import Load, Stage
 from xllm.scheduler.entrance import Entrance
 from xllm.scheduler.intake import check_config, check_request
 from xllm.scheduler.lower_tiers import LowerTiers
+from xllm.scheduler.peers import PeerFetches
+from xllm.scheduler.provisions import Provisions, peer_stats
 from xllm.scheduler.running import RunningSet
 from xllm.scheduler.step import InFlight, StepBuilder
 from xllm.scheduler.tables import NEVER, BlockTables
@@ -44,7 +47,10 @@ class Scheduler:
         offload: Offload | None = None,
         elastic: Elastic | None = None,
         ranges: Ranges | None = None,
+        *,
+        peers: bool = False,
     ):
+        """With `peers` requests may fetch KV from other engines."""
         check_config(config)
         self.config = config
         self.pool = pool
@@ -60,9 +66,12 @@ class Scheduler:
         self.lower = LowerTiers(offload, pool)
         if offload is not None:
             self._tables.on_published = self.lower.save
+        self.peers = PeerFetches(pool, peers)
+        self.peers.on_published = self._tables.on_published
+        self.provisions = Provisions(pool)  # for other engines
         admission = policies.load("admission", policies.ADMISSION, config.admission)
         self._entrance = Entrance(
-            config, admission, pool, self._tables, self._running, self.lower, elastic, ranges
+            config, admission, pool, self._tables, self._running, self.lower, self.peers, elastic, ranges
         )
         self._in_flight: deque[InFlight] = deque()
 
@@ -132,6 +141,8 @@ class Scheduler:
             self.ranges.forget(unmapped=True)
 
     def _forget_cache(self) -> None:
+        self.peers.clear()
+        self.provisions.end_all("the prefix cache was forgotten")
         self.lower.clear()  # first: the event of the other says that no tier has anything
         self.pool.reset_cache()
         if self.ranges is not None:
@@ -142,6 +153,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """The next step, or None where nothing can run before a result is applied or a request added."""
         self.lower.clock(now)
+        self.peers.now = now
         may_admit = self._make_room()
         builder = StepBuilder(self.config.max_num_batched_tokens, self._tables)
         load = Load(
@@ -212,6 +224,28 @@ class Scheduler:
         for request in self.lower.take(news):
             self._entrance.waiting.push(request)
 
+    def take_fetched(self, news: Sequence[Fetched]) -> None:
+        """The same of the orders of `peers`."""
+        for request in self.peers.take(news):
+            self._entrance.waiting.push(request)
+
+    def provide(self, request: Request, first: int, compute: bool) -> bool:
+        """Have the blocks of a prompt from number `first` on ready for a peer (`provisions`, under the request's id), which
+        may end at any time. The prompt is whole blocks. True where the request is to compute them: whoever ends the provision
+        aborts it. `InvalidRequest` where it can never be computed here."""
+        names = self._tables.names(request)
+        found = self.pool.match(names)[first:]
+        computes = compute and len(found) < len(names) - first
+        if computes and self.add(request) is not None:
+            raise InvalidRequest("a provision has no output")
+        self.provisions.begin(
+            request.id, request if computes else None, names, first,
+            len(names) - first if computes else len(found), found, self._in_flight[-1].plan.step if self._in_flight else 0,
+        )  # fmt: skip
+        if not self._in_flight:
+            self.provisions.confirm(self._step)
+        return computes
+
     # memory pressure
 
     def _make_room(self) -> bool:
@@ -258,6 +292,8 @@ class Scheduler:
         self._tables.settle(result.step)
         if step.num_prefill_tokens == step.plan.num_tokens:
             self.lower.computed(step.num_prefill_tokens, result.seconds)
+        if self.provisions:
+            self.provisions.ran(step, result)
         outputs: list[SequenceOutput] = []
         ended = False
         for i, request in enumerate(step.requests):
@@ -272,6 +308,8 @@ class Scheduler:
                     self._close(request)
         if ended:
             self._running.drop_finished()
+        if self.provisions:
+            self.provisions.confirm(result.step)
         return outputs
 
     def _receive(
@@ -328,6 +366,8 @@ class Scheduler:
         request.phase = Phase.FINISHED
         request.num_in_flight = 0
         self.lower.settle(request)
+        if self.peers.busy:
+            self.peers.settle(request)
         del self._requests[request.id]
 
     def _end(self, request: Request, finish: Finish, error: str | None = None) -> SequenceOutput:
@@ -344,7 +384,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Those for whom KV is fetched among them."""
-        return len(self._entrance.waiting) + self.lower.num_fetching
+        return len(self._entrance.waiting) + self.lower.num_fetching + self.peers.num_fetching
 
     @property
     def steps_in_flight(self) -> int:
@@ -370,13 +410,14 @@ class Scheduler:
             step_tokens=self._step_tokens,
             tiers=self.lower.stats(),
             segments=None if self.elastic is None else self.elastic.stats,
+            peers=peer_stats(self.peers, self.provisions),
         )
 
     def audit(self) -> None:
         """Raise `AssertionError` with a sentence where books disagree: blocks, slots, lists. Cheap enough when idle."""
         running = list(self._running)
-        lower = self.lower.holders()
-        self.pool.audit([*(request.blocks for request in running), *lower])
+        others = [*self.lower.holders(), *self.peers.holders(), *self.provisions.holders()]
+        self.pool.audit([*(request.blocks for request in running), *others])
         self._tables.audit(running)
         self.lower.audit()
         if len(running) + self.num_waiting != len(self._requests):
@@ -384,5 +425,5 @@ class Scheduler:
                 f"{len(self._requests)} requests live, but {len(running)} run and {self.num_waiting} wait"
             )
         self._running.audit(self.config.max_num_seqs)
-        if not self.has_work and not lower and self.pool.usage > 0:
+        if not self.has_work and not others and self.pool.usage > 0:
             raise AssertionError(f"nobody lives, but {self.pool.usage:.1%} of the blocks are held")

@@ -69,6 +69,12 @@ class BlockTables:
         self._hash(request, limit)
         return limit
 
+    def names(self, request: Request) -> list[bytes]:
+        """Of all full blocks of its prompt."""
+        count = len(request.prompt_token_ids) // self.block_size
+        self._hash(request, count)
+        return request.block_hashes[:count]
+
     def take(self, request: Request, hits: list[int]) -> None:
         """Give an admitted request its table: `hits` shared, the rest allocated for all tokens it has now.
 

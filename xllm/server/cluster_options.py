@@ -3,14 +3,16 @@
 import math
 import os
 from dataclasses import dataclass
+from typing import get_args
 
-from xllm.cluster.instance import check_name
+from xllm.cluster.instance import Role, check_name
 from xllm.cluster.policies import ROUTING
 from xllm.config.options import knob
 from xllm.core.errors import ConfigError
 
 TOKEN_VARIABLE = "XLLM_CLUSTER_TOKEN"
 MOST_PROCESSES = 64
+KV_TRANSPORTS = ("auto", "nixl", "tcp", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +48,23 @@ class JoinOptions(ClusterOptions):
         metavar="HOST",
     )
 
+    role: str = knob(
+        "both",
+        "what routers send here: prefill computes the KV of prompts for others, decode goes on from it",
+        choices=get_args(Role),
+    )
+    kv_transport: str = knob(
+        "auto",
+        "how KV goes between instances; auto: nixl on a card where it is installed, else tcp",
+        choices=KV_TRANSPORTS,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.role != "both" and self.kv_transport == "none":
+            raise ConfigError(
+                f"--role {self.role} is of no use without KV from or for others: --kv-transport none"
+            )
         if self.instance_id is not None:
             check_name(self.instance_id, "--instance-id")
         if not self.listen.startswith("tcp://"):

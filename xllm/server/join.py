@@ -5,12 +5,13 @@ import contextlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable
+from typing import cast
 from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
 from xllm.cluster.etcd import Etcd
-from xllm.cluster.instance import InstanceInfo, Keys, KvFacts, LoadSummary
+from xllm.cluster.instance import InstanceInfo, Keys, KvFacts, LoadSummary, Role
 from xllm.cluster.registration import Registration, Superseded, next_epoch
 from xllm.core.stats import SchedulerStats
 from xllm.engine.async_llm import AsyncLLM
@@ -36,8 +37,12 @@ class Join:
 
     def __init__(self, options: JoinOptions, host: str, port: int, say: Callable[[str], None]):
         self.id = options.instance_id or default_id(port)
-        self.listening = Listening((options.listen,), options.token(), name=self.id)
         self._options = options
+        self.listening = Listening(
+            (options.listen,), options.token(), name=self.id,
+            kv_transport=None if options.kv_transport == "none" else options.kv_transport,
+            advertise=self._advertised(urlsplit(options.listen).hostname or ""),
+        )  # fmt: skip
         self._http = (host, port)
         self._say = say
         self._etcd = Etcd(options.etcd)
@@ -124,6 +129,8 @@ class Join:
             max_model_len=scheduler.max_model_len,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_num_queued=engine.options.max_num_queued_reqs,
+            role=cast(Role, self._options.role),
+            transport=engine.kv_transport,
             http=f"http://{_bracketed(web)}:{self._http[1]}",
         )
 

@@ -91,6 +91,19 @@ FROM_STATS = {
     "kv_event_batches_dropped": "kv_events.dropped",
 }
 
+# KV from and to other engines: metric -> attribute of `PeerStats`
+FROM_PEERS = {
+    "kv_peer_fetching": "fetching",
+    "kv_peer_providing": "providing",
+    "kv_peer_fetches": "fetches",
+    "kv_peer_fetched_blocks": "fetched_blocks",
+    "kv_peer_fetched_bytes": "fetched_bytes",
+    "kv_peer_fetch_seconds": "fetch_s",
+    "kv_peer_provisions": "provisions",
+    "kv_peer_provided_blocks": "provided_blocks",
+    "kv_peer_provision_failures": "provision_failures",
+}
+
 # the same for each tier of KV below the device: metric -> attribute of `TierStats`
 FROM_TIERS = {
     "kv_tier_blocks": "capacity",
@@ -168,6 +181,16 @@ DEFINITIONS = (
     Definition(
         "kv_event_batches_dropped", Counter, "Batches of KV cache events that nobody can get any more"
     ),
+    Definition("kv_peer_fetching", Gauge, "Requests that wait for KV from another instance"),
+    Definition("kv_peer_providing", Gauge, "Prompts whose KV is computed or held for other instances"),
+    Definition("kv_peer_fetches", Counter, "Times KV was fetched from another instance"),
+    Definition("kv_peer_fetched_blocks", Counter, "KV blocks that came from other instances"),
+    Definition("kv_peer_fetched_bytes", Counter, "Bytes of those"),
+    Definition("kv_peer_fetch_seconds", Counter, "Seconds that requests waited for them, one by one"),
+    Definition("kv_peer_fetch_failures", Counter, "Fetches that brought less than was wanted", ("reason",)),
+    Definition("kv_peer_provisions", Counter, "Prompts whose KV other instances asked for"),
+    Definition("kv_peer_provided_blocks", Counter, "KV blocks that other instances took"),
+    Definition("kv_peer_provision_failures", Counter, "Of the prompts, those of which not all was taken"),
     Definition("kv_tier_blocks", Gauge, "KV blocks that a tier below the device can hold", _TIER),
     Definition("kv_tier_used_blocks", Gauge, "Of those, in use", _TIER),
     Definition("kv_tier_hits", Counter, "KV blocks that were loaded instead of computed", _TIER),
@@ -198,6 +221,8 @@ _OURS = frozenset(
         "device_bubble_seconds",
         "kv_event_batches",
         "kv_event_batches_dropped",
+        "kv_peer_fetch_failures",
+        *FROM_PEERS,
         *FROM_TIERS,
         *FROM_SEGMENTS,
         *FROM_PLACES,
@@ -263,7 +288,15 @@ class Metrics:
                     self._labelled(name, tier=label), f"{name} {label}", float(getattr(tier, attribute))
                 )
 
-        for part, found in ((stats.segments, FROM_SEGMENTS), (stats.executor.places, FROM_PLACES)):
+        for reason, failures in stats.peers.failures.items():
+            name = "kv_peer_fetch_failures"
+            self._tell(self._labelled(name, reason=reason), f"{name} {reason}", float(failures))
+        parts = (
+            (stats.peers, FROM_PEERS),
+            (stats.segments, FROM_SEGMENTS),
+            (stats.executor.places, FROM_PLACES),
+        )
+        for part, found in parts:
             for name, attribute in found.items() if part is not None else ():
                 self._tell(self._by_name[name], name, float(getattr(part, attribute)))
 

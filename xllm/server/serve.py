@@ -27,7 +27,7 @@ INTERRUPTED = 130
 ENGINE_LOST = 1
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 INSIST_S = 0.2
-WITH_ETCD_ONLY = ("cluster", "instance_id", "listen", "advertise")
+WITH_ETCD_ONLY = ("cluster", "instance_id", "listen", "advertise", "role", "kv_transport")
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -30,6 +30,8 @@ class Listening:
     addresses: tuple[str, ...]
     token: str | None = field(default=None, repr=False)
     name: str = ""  # what it calls itself to clients
+    kv_transport: str | None = None  # how KV goes to and comes from other engines; None: it does not
+    advertise: str | None = None  # host under which they reach it, where that is not the one it listens at
 
     @property
     def doors(self) -> list[Listen]:

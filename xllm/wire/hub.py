@@ -29,7 +29,9 @@ from xllm.wire.messages import (
     Hello,
     KvChanges,
     Message,
+    Offer,
     Outputs,
+    Provided,
     Ready,
     Refused,
     Reply,
@@ -241,7 +243,7 @@ class Hub:
 
     def _give_out(self, message: Any) -> None:
         try:
-            if isinstance(message, Outputs | Reply | KvChanges):
+            if isinstance(message, Outputs | Reply | KvChanges | Offer | Provided):
                 for number, news in self._ledger.outward(message):
                     if (client := self._by_number.get(number)) is not None:
                         self._post(client, news)

@@ -13,7 +13,10 @@ from xllm.wire.messages import (
     FromEngine,
     KvChanges,
     LimitKv,
+    Offer,
     Outputs,
+    Provide,
+    Provided,
     Reply,
     ResetPrefixCache,
     Shutdown,
@@ -22,6 +25,7 @@ from xllm.wire.messages import (
     StopTrace,
     Submit,
     SubmitMany,
+    Taken,
     ToEngine,
     WakeUp,
 )
@@ -82,10 +86,18 @@ class Ledger:
             case SubmitMany(requests=requests):
                 taken, refused = self._submit(client, requests)
                 return (SubmitMany(requests=taken) if taken else None), refused
+            case Provide(request_id=id):
+                if (why := self._enter(client, id)) is not None:
+                    return None, Provided(request_id=id, count=0, error=why)
+                return replace(message, request_id=f"{client}/{id}"), None
+            case Taken(request_id=id):
+                inner = f"{client}/{id}"
+                known = inner in self._requests[client]
+                return (replace(message, request_id=inner) if known else None), None
             case Abort(request_ids=ids):
                 mine = self._requests[client]
-                known = [inner for id in ids if (inner := f"{client}/{id}") in mine]
-                return (Abort(request_ids=known) if known else None), None
+                these = [inner for id in ids if (inner := f"{client}/{id}") in mine]
+                return (Abort(request_ids=these) if these else None), None
             case Shutdown():
                 if not owner:
                     log.warning("client %d asked for a shutdown: %s", client, OWNERS_ONLY)
@@ -101,12 +113,16 @@ class Ledger:
                     return None, Reply(call_id=message.call_id, refused=OWNERS_ONLY)
                 return self._call(client, message), None
 
-    def outward(self, message: Outputs | Reply | KvChanges) -> Iterable[tuple[int, FromEngine]]:
+    def outward(
+        self, message: Outputs | Reply | KvChanges | Offer | Provided
+    ) -> Iterable[tuple[int, FromEngine]]:
         """-> who gets what of it. What is for clients that have left is for nobody."""
         if isinstance(message, Outputs):
             return self._outputs(message)
         if isinstance(message, KvChanges):
             return [(client, message) for client in sorted(self._followers)]
+        if isinstance(message, Offer | Provided):
+            return self._provision(message)
         client, call_id = self._calls.pop(message.call_id, (None, 0))
         if client is None:
             return []
@@ -130,23 +146,34 @@ class Ledger:
             by_client.setdefault(client, []).append(replace(output, request_id=id))
         return [(client, Outputs(outputs=news, stats=message.stats)) for client, news in by_client.items()]
 
+    def _provision(self, message: Offer | Provided) -> list[tuple[int, FromEngine]]:
+        if (asked := self._asked.get(message.request_id)) is None:
+            return []
+        client, id = asked
+        if isinstance(message, Provided):
+            del self._asked[message.request_id]
+            self._requests[client].discard(message.request_id)
+        return [(client, replace(message, request_id=id))]
+
+    def _enter(self, client: int, id: str) -> str | None:
+        """It is outstanding from now on; else why it cannot be."""
+        mine, inner = self._requests[client], f"{client}/{id}"
+        if inner in mine:
+            return f"a request called {id!r} is already here"
+        if len(mine) >= self._max:
+            return f"this client has {self._max} requests here already"
+        mine.add(inner)
+        self._asked[inner] = client, id
+        return None
+
     def _submit(self, client: int, requests: Sequence[Submit]) -> tuple[list[Submit], Outputs | None]:
-        mine = self._requests[client]
         taken: list[Submit] = []
         refused: list[SequenceOutput] = []
         for one in requests:
-            inner = f"{client}/{one.request_id}"
-            why = None
-            if inner in mine:
-                why = f"a request called {one.request_id!r} is already here"
-            elif len(mine) >= self._max:
-                why = f"this client has {self._max} requests here already"
-            if why is not None:
+            if (why := self._enter(client, one.request_id)) is not None:
                 refused.append(SequenceOutput(request_id=one.request_id, finish=Finish.ERROR, error=why))
                 continue
-            mine.add(inner)
-            self._asked[inner] = client, one.request_id
-            taken.append(replace(one, request_id=inner))
+            taken.append(replace(one, request_id=f"{client}/{one.request_id}"))
         return taken, Outputs(outputs=refused, stats=self._stats) if refused else None
 
     def _call(

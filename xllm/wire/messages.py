@@ -12,10 +12,11 @@ import msgspec
 from xllm.config.decided import EngineConfig
 from xllm.core.errors import XllmError
 from xllm.core.output import SequenceOutput
+from xllm.core.peers import KvFrom
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
 
-VERSION = 5
+VERSION = 6
 
 
 class WireError(XllmError):
@@ -49,6 +50,7 @@ class Submit(_Message, frozen=True):
     seed: int | None = None  # goes before that of `params`; with neither the core draws one
     output_token_ids: Sequence[int] = ()  # generated for it already, by this engine or another
     num_prompt_logprobs: int = 0  # how many of them have come; all have where there is an output token
+    kv_from: KvFrom | None = None  # who may have, or compute, the KV of the prompt
     ttft_s: float | None = None  # targets for the first token and for each after it: routers choose by them
     tpot_s: float | None = None
 
@@ -91,6 +93,29 @@ class FollowKv(_Message, frozen=True):
     call_id: int
 
 
+class Provide(_Message, frozen=True):
+    """From another engine: have the KV of a prompt's blocks `first_block` to the last full one ready to be read, as `Offer`s.
+    The answer ends with one `Provided`; an `Abort` of the id asks for it. What does not fit (`block_size`, `fingerprint`)
+    is refused."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]  # whole blocks
+    first_block: int
+    block_size: int
+    fingerprint: str  # of model, weights and layout
+    cache_salt: str = ""
+    compute: bool = True  # else only what is here already
+    priority: int = 0
+    deadline_s: float | None = None
+
+
+class Taken(_Message, frozen=True):
+    """The first `upto` blocks of what was to be provided have been read and need not be kept."""
+
+    request_id: str
+    upto: int
+
+
 class StartTrace(_Message, frozen=True):
     """Record what the device does from here on. Refused while a trace is being taken."""
 
@@ -121,11 +146,13 @@ class Loading(_Message, frozen=True):
 
 class Ready(_Message, frozen=True):
     """The engine takes requests. `seconds` is the start-up time by part, `config` what was decided in the end: an
-    engine that measures its memory completes what it was given. `addresses` is where others than its owner reach it."""
+    engine that measures its memory completes what it was given. `addresses` is where others than its owner reach it,
+    `kv_transport` how they read its KV, if they may."""
 
     config: EngineConfig
     seconds: dict[str, float] = {}
     addresses: Sequence[str] = ()
+    kv_transport: str | None = None
 
 
 class Outputs(_Message, frozen=True):
@@ -159,6 +186,25 @@ class KvChanges(_Message, frozen=True):
     changes: Sequence[KvChange]
 
 
+class Offer(_Message, frozen=True):
+    """Blocks that can be read until they are `Taken` or the provision has ended. They follow those offered before."""
+
+    request_id: str
+    descriptor: bytes  # how to reach this engine's KV memory, for a transport of the same kind
+    first: int  # counted from the first block that was asked for
+    blocks: Sequence[int]  # where they lie there
+    sums: Sequence[int]  # the checksum of each
+    total: int  # how many it will be in all
+
+
+class Provided(_Message, frozen=True):
+    """The end of a provision: nothing is kept for it any more."""
+
+    request_id: str
+    count: int  # blocks that were taken
+    error: str | None = None  # why it is not all that was offered, or wanted
+
+
 class Reply(_Message, frozen=True):
     call_id: int
     value: Any = None
@@ -180,11 +226,13 @@ ToEngine = (
     | WakeUp
     | LimitKv
     | FollowKv
+    | Provide
+    | Taken
     | StartTrace
     | StopTrace
     | Shutdown
 )
-FromEngine = Loading | Ready | Outputs | Heartbeat | KvChanges | Reply | Fault
+FromEngine = Loading | Ready | Outputs | Heartbeat | KvChanges | Offer | Provided | Reply | Fault
 Message = ToEngine | FromEngine
 
 
