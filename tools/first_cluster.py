@@ -1,4 +1,5 @@
-"""`make demo-cluster`: a router and three instances of the demo model, one of which is killed while it streams an answer.
+"""`make demo-cluster`: a router and three instances of the demo model. One computes long prompts for the two that answer, and
+one of those is killed while it streams.
 
 Says what it does and what it saw. Exit code 1 where anything was not as it should be.
 """
@@ -21,13 +22,15 @@ from typing import Any
 import httpx
 import psutil
 
-INSTANCES = 3
+ROLES = ("--prefill", "1", "--decode", "2")
 READY_S, ANSWER_S, STOP_S = 180.0, 120.0, 60.0
 BEFORE_THE_KILL = 100  # characters of the answer that have arrived by then
 SHOWN = 404  # characters of an answer; the demo model talks to itself when its story has ended
 TRIES = 3  # a kill may come when the last token has just been made
 QUESTION = "What is xLLM?"
 STORY = "Tell me a story."
+LIST = " ".join(f"Shelf {n} of the library has {n * 7} books about stars." for n in range(1, 61))
+LONG = f"{LIST} What is a library?"
 STORY_TOKENS = 1200
 
 
@@ -51,7 +54,7 @@ class Up:
     def __init__(self) -> None:
         command = [
             str(Path(sys.executable).with_name("xllm")), "up", "demo",
-            "--instances", str(INSTANCES), "--port", "0", "--no-view",
+            *ROLES, "--port", "0", "--no-view",
         ]  # fmt: skip
         say(f"starting `{' '.join(['xllm', *command[1:]])}`")
         self.process = subprocess.Popen(
@@ -169,6 +172,23 @@ def show_way(url: str, answer: Answer) -> bool:
     return len({stage["instance"] for stage in stages}) > 1
 
 
+def show_help(url: str, answer: Answer) -> None:
+    """Who computed the prompt, and what that was worth, as the router tells it."""
+    found = httpx.get(f"{url}/v1/requests/{answer.id}", timeout=10).json()["completions"][0]
+    stage = found["stages"][0]
+    helped = stage["kv_from"]
+    if helped is None or not helped["tokens"]:
+        raise Failed(
+            f"the prompt of {found['prompt_tokens']} tokens was not computed by another instance: {stage}"
+        )
+    reasons = helped["reasons"]
+    say(
+        f"{helped['tokens']} of the {found['prompt_tokens']} tokens of the prompt were computed by {helped['instance']} and read by "
+        f"{stage['instance']} in {helped['waited_s'] * 1000:.0f} ms (expected {reasons['paired_s'] * 1000:.0f} ms; "
+        f"alone, with what decodes there held up, {reasons['alone_s'] * 1000:.0f} ms)"
+    )
+
+
 def compare(undisturbed: Answer, disturbed: Answer) -> None:
     if disturbed.text != undisturbed.text:
         pairs = zip(disturbed.text, undisturbed.text, strict=False)
@@ -202,6 +222,8 @@ def run(up: Up) -> None:
     say(f"asking the router: {QUESTION}\n")
     answer = ask(url, QUESTION)
     say(f"{answer.tokens} tokens, from {answer.instance}")
+    say("a long prompt, which an instance for prompts computes:\n")
+    show_help(url, ask(url, LONG, 40))
     say(f"a longer answer of {STORY_TOKENS} tokens, undisturbed, kept for comparison: {STORY}")
     undisturbed = ask(url, STORY, STORY_TOKENS, show=False)
     say(f"{undisturbed.tokens} tokens, from {undisturbed.instance}")

@@ -86,7 +86,7 @@ def test_each_instance_has_a_card():
     found = made(CUDA, ("2", "GPU-abc", "5"), instances=2)
     assert [spec.env["CUDA_VISIBLE_DEVICES"] for spec in found.instances] == ["2", "GPU-abc"]
     assert from_namespace(EngineOptions, parsed(found.instances[0])).gpu_memory_utilization == 0.9
-    with pytest.raises(ConfigError, match=r"--instances 4: each takes a card of its own, and 3 can be seen"):
+    with pytest.raises(ConfigError, match=r"4 instances: each takes a card of its own, and 3 can be seen"):
         made(CUDA, ("2", "GPU-abc", "5"), instances=4)
 
 
@@ -111,7 +111,14 @@ def test_what_cannot_be_is_refused():
         made(profiler_dir="/p")
     with pytest.raises(ConfigError, match="--ttft-slo-ms needs"):
         made(ttft_slo_ms=300.0)
-    for wrong in ({"instances": 0}, {"routers": 65}, {"cluster": "a/b"}, {"instance_name": "a b"}):
+    for wrong in (
+        {"instances": 0},
+        {"prefill": 2},
+        {"decode": -1},
+        {"routers": 65},
+        {"cluster": "a/b"},
+        {"instance_name": "a b"},
+    ):
         with pytest.raises(ConfigError):
             made(**wrong)
     with pytest.raises(ConfigError, match="leaves no ports"):
@@ -133,3 +140,17 @@ def test_cards_are_those_that_are_not_hidden(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="nvidia-smi did not tell the cards"):
         up_plan.visible_cards()
+
+
+def test_roles():
+    found = made(prefill=1, decode=2)
+    assert [spec.name for spec in found.instances] == ["prefill-1", "decode-1", "decode-2"]
+    assert [spec.argv[spec.argv.index("--role") + 1] for spec in found.instances] == [
+        "prefill",
+        "decode",
+        "decode",
+    ]
+    assert [spec.name for spec in made(prefill=1, instances=1, instance_name="n").instances] == [
+        "n-prefill-1",
+        "n-1",
+    ]

@@ -67,6 +67,15 @@ def _stage(stage: Stage, arrived: float) -> dict[str, Any]:
         "sent_s": _s(stage.sent - arrived),
         "first_token_s": None if stage.first is None else _s(stage.first - arrived),
         "ended_s": None if stage.ended is None else _s(stage.ended - arrived),
+        "kv_from": None
+        if stage.pairing is None
+        else {
+            "instance": stage.pairing.peer,
+            "computes": stage.pairing.compute,
+            "reasons": {name: _s(n) for name, n in stage.pairing.reasons.items()},
+            "tokens": stage.fetched,
+            "waited_s": _s(stage.fetch_s),
+        },
         "queued_s": stage.queued_s,
         "prefill_s": stage.prefill_s,
     }

@@ -15,6 +15,7 @@ from xllm.cluster.fleet import Fleet
 from xllm.cluster.instance import InstanceInfo
 from xllm.cluster.journey import Incarnation, Journey
 from xllm.cluster.kv_index import KvIndex
+from xllm.cluster.pairing import Pairs
 from xllm.cluster.view import Capacity, Load
 from xllm.core.clock import Clock, monotonic
 from xllm.core.errors import Overloaded, Unavailable
@@ -40,6 +41,7 @@ class Counts:
 
     requests: int = 0
     moves: int = 0
+    paired: int = 0  # another instance was to compute or to give KV
     refused: int = 0  # turned away: nobody could take them
     failed: int = 0  # ended with an error
     by_instance: Counter[str] = field(default_factory=Counter)  # sent there
@@ -51,6 +53,7 @@ class Dispatcher:
         self.policy = policy
         self.fleet = Fleet()
         self.index = KvIndex()
+        self.pairs = Pairs(self.fleet, self.index)
         self.counts = Counts()
         self._choose = policies.load(policy)
         self._clock = clock
@@ -72,7 +75,8 @@ class Dispatcher:
             max_model_len=info.max_model_len, max_num_queued=info.max_num_queued,
             step_budget=info.max_num_batched_tokens,
         )  # fmt: skip
-        self.fleet.joined(info.id, info.epoch, capacity, info.role)
+        if self.fleet.joined(info.id, info.epoch, capacity, info.role, info.transport):
+            self.pairs.joined(info)
         return Incarnation(info.id, info.epoch)
 
     def serves(self, at: Incarnation, serving: bool) -> None:
@@ -84,6 +88,7 @@ class Dispatcher:
         if self._current(at):
             self.fleet.left(at.id)
             self.index.drop(at.id)
+            self.pairs.left(at.id)
 
     def told(self, at: Incarnation, load: Load, now: float) -> None:
         if self._current(at):
@@ -144,8 +149,10 @@ class Dispatcher:
                 continue
             first = journey.stages[-1].first is None and bool(news.token_ids)
             found.append(journey.take(news, now))
-            if first and self._current(at):
-                self.fleet.first_token(at.id, journey.name, now)
+            if first:
+                self.pairs.answered(journey.name, news, now)
+                if self._current(at):
+                    self.fleet.first_token(at.id, journey.name, now)
             if news.finish is not None:
                 self.counts.failed += news.finish is Finish.ERROR
                 self._leave(journey, journey.stages[-1].tokens, now)
@@ -218,9 +225,10 @@ class Dispatcher:
         if choice is None:
             return None
         at = Incarnation(choice.instance, self.fleet.views[choice.instance].epoch)
-        submit = journey.begin(at, choice, now)
+        submit = journey.begin(at, choice, now, self.pairs.find(ask, choice, now))
         self.fleet.sent(choice, ask, now)
         self.counts.by_instance[at.id] += 1
+        self.counts.paired += submit.kv_from is not None
         self._names[journey.name] = journey
         self._at[at].add(journey)
         return Sending(at, submit)
@@ -229,6 +237,7 @@ class Dispatcher:
         """It is over for the instance that has it."""
         at = journey.stages[-1].at
         self._names.pop(journey.name, None)
+        self.pairs.over(journey.name, now)
         if (there := self._at.get(at)) is not None:
             there.discard(journey)
             if not there:

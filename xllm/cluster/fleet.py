@@ -22,16 +22,18 @@ class Fleet:
     def __iter__(self) -> Iterator[InstanceView]:
         return iter(self._views.values())
 
-    def joined(self, id: str, epoch: int, capacity: Capacity, role: str = "both") -> bool:
+    def joined(
+        self, id: str, epoch: int, capacity: Capacity, role: str = "both", transport: str | None = None
+    ) -> bool:
         """An instance is there. A later epoch is another process: nothing known of the one before holds. False, and
         nothing done, for an epoch that is over."""
         view = self._views.get(id)
         if view is not None and view.epoch > epoch:
             return False
         if view is None or view.epoch < epoch:
-            self._views[id] = InstanceView(id, epoch, capacity, role)
+            self._views[id] = InstanceView(id, epoch, capacity, role, transport)
         else:
-            view.capacity, view.role = capacity, role
+            view.capacity, view.role, view.transport = capacity, role, transport
         return True
 
     def left(self, id: str) -> None:

@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 from msgspec.structs import replace
 
+from xllm.cluster.pairing import Pairing
 from xllm.cluster.view import Ask, Choice
 from xllm.core.output import SequenceOutput
+from xllm.core.peers import KvFrom
 from xllm.wire.messages import Submit
 
 CANDIDATES = 8  # whose numbers are kept of a choice, the best first
@@ -43,6 +45,9 @@ class Stage:
     cached: int | None = None  # tokens of the prompt, as the instance found
     queued_s: float | None = None
     prefill_s: float | None = None
+    pairing: Pairing | None = None  # who was to help with its KV
+    fetched: int = 0  # tokens of the prompt whose KV came from there
+    fetch_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -90,11 +95,14 @@ class Journey:
             priority=submit.priority, ttft_s=submit.ttft_s, tpot_s=submit.tpot_s, avoid=self.avoid,
         )  # fmt: skip
 
-    def begin(self, at: Incarnation, choice: Choice, now: float) -> Submit:
-        """It goes to `at`. -> what is sent there."""
-        self.stages.append(Stage(at, choice, self.why, now, had=len(self.tokens)))
+    def begin(
+        self, at: Incarnation, choice: Choice, now: float, helped: tuple[KvFrom, Pairing] | None = None
+    ) -> Submit:
+        """It goes to `at`, which has somebody to ask for KV. -> what is sent there."""
+        kv_from, pairing = helped or (None, None)
+        self.stages.append(Stage(at, choice, self.why, now, had=len(self.tokens), pairing=pairing))
         self.lost_at = None
-        submit = self.submit
+        submit = replace(self.submit, kv_from=kv_from)
         waited_s = now - self.arrived
         if len(self.stages) == 1:
             return submit
@@ -114,6 +122,8 @@ class Journey:
             self.tokens += news.token_ids
         if news.prompt_logprobs:
             self.num_prompt_logprobs += len(news.prompt_logprobs)
+        if news.fetch_s:
+            stage.fetched, stage.fetch_s = news.fetched_tokens, news.fetch_s
         if news.queued_s is not None:
             stage.queued_s, stage.prefill_s = news.queued_s, news.prefill_s
             stage.cached = news.num_cached_tokens

@@ -120,6 +120,7 @@ class InstanceView:
     epoch: int
     capacity: Capacity
     role: str = "both"
+    transport: str | None = None  # by which others read its KV
     serving: bool = True  # False: drains, or is not heard of; it gets nothing new
     load: Load = Load()  # as last told
     turn: int = 0  # when it last got a request, as a count of all that were sent; 0: never

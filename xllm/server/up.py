@@ -64,7 +64,7 @@ def run(namespace: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         console = Rich(highlight=False, soft_wrap=True)
         console.print(
-            f"xLLM {version()} serving {engine.model} with {options.instances} instances",
+            f"xLLM {version()} serving {engine.model} with {len(options.roles)} instances",
             style="bold", markup=False,
         )  # fmt: skip
         etcd = None

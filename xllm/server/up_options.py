@@ -18,7 +18,11 @@ class UpOptions(ClusterOptions):
     etcd: tuple[str, ...] = knob(
         (), "URLs of an etcd to use (default: one is started, and ends with the rest)", metavar="URL"
     )
-    instances: int = knob(2, "engines that serve the model")
+    instances: int | None = knob(
+        None, "engines that serve the model (default: 2, or none beside --prefill and --decode)"
+    )
+    prefill: int = knob(0, "engines that do nothing but compute prompts for the others")
+    decode: int = knob(0, "engines that answer, and have long prompts computed by those")
     routers: int = knob(1, "routers; the second listens on the port after the first, and so on")
     routing_policy: str = knob("prefix_aware", "which instance a request goes to", choices=tuple(ROUTING))
     processes: int = knob(1, "processes of each router, which share its port")
@@ -39,8 +43,19 @@ class UpOptions(ClusterOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("instances", "routers"):
-            if not 1 <= getattr(self, name) <= MOST:
-                raise ConfigError(f"--{name} must lie between 1 and {MOST}, not {getattr(self, name)}")
+        for name, least in (("instances", 0), ("prefill", 0), ("decode", 0), ("routers", 1)):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= MOST:
+                raise ConfigError(f"--{name} must lie between {least} and {MOST}, not {value}")
+        if set(self.roles) <= {"prefill"}:
+            raise ConfigError("somebody has to answer: --instances or --decode must be at least 1")
         if self.instance_name is not None:
             check_name(self.instance_name, "--instance-name")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Of the instances, in their order."""
+        mixed = self.instances
+        if mixed is None:
+            mixed = 0 if self.prefill or self.decode else 2
+        return ("prefill",) * self.prefill + ("decode",) * self.decode + ("both",) * mixed

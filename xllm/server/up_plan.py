@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from xllm.server.options import API_KEY_VARIABLE, ServerOptions
 from xllm.server.up_options import UpOptions
 
 ASK_S = 20.0  # a driver that wakes a card takes seconds
+DEFAULT_NAME = "instance"
 _COMMAND = (sys.executable, "-m", "xllm.cli")
 
 # what a router is asked of `xllm up`, and what it has to know of the engines
@@ -52,27 +54,27 @@ def plan(
 ) -> Plan:
     """`cards`: what CUDA_VISIBLE_DEVICES may name. Raises ConfigError where the machine or a flag does not allow so many."""
     _check(options, engine, server)
-    if facts.name == "cuda" and len(cards) < options.instances:
+    roles = options.roles
+    if facts.name == "cuda" and len(cards) < len(roles):
         raise ConfigError(
-            f"--instances {options.instances}: each takes a card of its own, and {len(cards)} can be seen here "
+            f"{len(roles)} instances: each takes a card of its own, and {len(cards)} can be seen here "
             f"({', '.join(cards) or 'none'})"
         )
-    each, decision = _share(options.instances, engine, facts)
+    each, decision = _share(len(roles), engine, facts)
     common = ("--etcd", *etcd, "--cluster", options.cluster)
     environment = {TOKEN_VARIABLE: token}
     if server.api_key:  # in the environment, because the list of processes shows flags to everybody
         environment[API_KEY_VARIABLE] = server.api_key[0]
-    name = instance_name(options)
     instances = []
-    for i in range(options.instances):
-        own = replace(each, kv_disk_path=_of_its_own(each.kv_disk_path, f"{name}-{i + 1}"))
+    for i, (name, role) in enumerate(zip(names(options), roles, strict=True)):
+        own = replace(each, kv_disk_path=_of_its_own(each.kv_disk_path, name))
         flags = (
-            *common, "--instance-id", f"{name}-{i + 1}", "--host", "127.0.0.1", "--port", "0",
+            *common, "--instance-id", name, "--role", role, "--host", "127.0.0.1", "--port", "0",
             *to_argv(own), *_some(server, _OF_EVERY_SERVER),
         )  # fmt: skip
         card = {"CUDA_VISIBLE_DEVICES": cards[i]} if facts.name == "cuda" else {}
         argv = (*_COMMAND, "serve", engine.model, *flags)
-        instances.append(Spec(f"{name}-{i + 1}", argv, {**environment, **card}))
+        instances.append(Spec(name, argv, {**environment, **card}))
     keys = [f"--api-key={key}" for key in server.api_key] if len(server.api_key) > 1 else []
     routing = RouterOptions(
         etcd=tuple(etcd),
@@ -97,11 +99,25 @@ def ports(options: UpOptions, server: ServerOptions) -> list[int]:
     return found
 
 
+def names(options: UpOptions) -> list[str]:
+    """Of the instances: `instance-1`, or by role `prefill-1`, `decode-1`; behind a name of ours where others are in the cluster."""
+    own = instance_name(options)
+    called = {"both": own}
+    for role in ("prefill", "decode"):
+        called[role] = role if own == DEFAULT_NAME else f"{own}-{role}"
+    counts: Counter[str] = Counter()
+    found = []
+    for role in options.roles:
+        counts[role] += 1
+        found.append(f"{called[role]}-{counts[role]}")
+    return found
+
+
 def instance_name(options: UpOptions) -> str:
     if options.instance_name is not None:
         return options.instance_name
     if not options.etcd:
-        return "instance"
+        return DEFAULT_NAME
     host = "".join(c if c.isascii() and (c.isalnum() or c in ".-") else "-" for c in socket.gethostname())
     return host or "instance"
 
@@ -120,7 +136,7 @@ def visible_cards() -> list[str]:
 
 
 def _check(options: UpOptions, engine: EngineOptions, server: ServerOptions) -> None:
-    if options.instances > 1 and engine.kv_events_config is not None:
+    if len(options.roles) > 1 and engine.kv_events_config is not None:
         raise ConfigError(
             "--kv-events-config names one endpoint, which several instances cannot share; use --instances 1"
         )
