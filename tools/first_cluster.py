@@ -7,6 +7,7 @@ Says what it does and what it saw. Exit code 1 where anything was not as it shou
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -72,16 +73,17 @@ class Up:
             self._queue.put(line.rstrip())
         self._queue.put(None)
 
-    def wait_for(self, start: str, timeout_s: float) -> str:
+    def wait_for(self, pattern: str, timeout_s: float) -> str:
+        """The next line that begins so."""
         deadline = time.monotonic() + timeout_s
         while True:
             try:
                 line = self._queue.get(timeout=max(0.01, deadline - time.monotonic()))
             except queue.Empty:
-                raise Failed(f"no line `{start}` within {timeout_s:.0f} s") from None
+                raise Failed(f"no line `{pattern}` within {timeout_s:.0f} s") from None
             if line is None:
                 raise Failed(f"`xllm up` ended with exit code {self.process.wait()}")
-            if line.startswith(start):
+            if re.match(pattern, line):
                 return line
 
     def processes(self) -> list[psutil.Process]:
@@ -232,7 +234,7 @@ def run(up: Up) -> None:
         disturbed = ask(url, STORY, STORY_TOKENS, up=up)
         moved = show_way(url, disturbed)
         compare(undisturbed, disturbed)
-        up.wait_for(f"{disturbed.instance} | Ready: ", READY_S)
+        up.wait_for(rf"{disturbed.instance} +\| Ready: ", READY_S)
         say(f"{disturbed.instance} has been started again and is ready")
         if moved:
             break

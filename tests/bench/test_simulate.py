@@ -12,7 +12,7 @@ from tests.bench.commands import bench
 from xllm.bench import simulate, simulate_report
 from xllm.bench.simulate_options import SimulateOptions, TraceOptions
 from xllm.bench.trace import TraceRequest, generate, write
-from xllm.cluster.client import InstanceStatus
+from xllm.cluster.status import InstanceStatus
 from xllm.core.errors import ConfigError, Overloaded
 from xllm.core.output import Finish, SequenceOutput
 from xllm.engine.modelled_runner import Lateness, answer

@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from xllm.cluster.client import ClusterClient, InstanceStatus
+from xllm.cluster.client import ClusterClient
+from xllm.cluster.status import InstanceStatus
 from xllm.core.output import Finish, SequenceOutput
 from xllm.core.sampling import SamplingParams
 from xllm.engine.modelled import ModelledInstance, Shape

@@ -18,8 +18,9 @@ from xllm.bench import simulate_report, trace
 from xllm.bench.simulate_options import SimulateOptions
 from xllm.bench.simulate_workers import Workers
 from xllm.bench.trace import Prompts, TraceRequest
-from xllm.cluster.client import ClusterClient, InstanceStatus
+from xllm.cluster.client import ClusterClient
 from xllm.cluster.instance import InstanceInfo
+from xllm.cluster.status import InstanceStatus
 from xllm.core.errors import ConfigError, XllmError
 from xllm.core.output import SequenceOutput
 from xllm.core.sampling import SamplingParams
