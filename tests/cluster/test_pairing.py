@@ -7,6 +7,7 @@ import pytest
 from tests.cluster.real import instance
 from tests.cluster.test_dispatch import Watch, news, submit
 from xllm.cluster.dispatch import Dispatcher
+from xllm.cluster.pairing import SHUNNED_S
 from xllm.cluster.view import Ask, Load
 from xllm.core.output import Finish
 
@@ -131,3 +132,20 @@ def test_it_is_paired_anew_where_it_goes_on():
     (again,), _ = dispatcher.retry(watch.now)
     assert again.to != first.to and again.submit.kv_from is not None
     assert len(dispatcher.fleet.views["p"].ours.outstanding) == 1
+
+
+def test_a_pair_of_which_nothing_came_is_left_alone_for_a_while():
+    dispatcher, watch = made(("d", "decode"), ("p", "prefill"))
+    decoding(dispatcher, "d", 6)
+    _, first = dispatcher.submit(submit("1/0", prompt=1000), watch.now)
+    assert first.submit.kv_from is not None
+    dispatcher.heard(first.to, [news(first, 5, fetch_s=2.0)], watch.now)
+    assert dispatcher.submit(submit("2/0", prompt=1000), watch.now)[1].submit.kv_from is None
+    watch.now += SHUNNED_S + 1
+    _, later = dispatcher.submit(submit("3/0", prompt=1000), watch.now)
+    assert later.submit.kv_from is not None
+    dispatcher.heard(later.to, [news(later, 5, fetch_s=2.0)], watch.now)
+    dispatcher.serves(dispatcher.joined(instance("p", 2, role="prefill", transport="tcp")), True)
+    assert dispatcher.submit(submit("4/0", prompt=1000), watch.now)[1].submit.kv_from is not None, (
+        "another process"
+    )

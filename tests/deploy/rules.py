@@ -227,8 +227,8 @@ def _openings(
             taken = [w for s in sources or [{}] for w in everybody if covers(s.get("podSelector", {}), w)]
             if len(taken) != 1 or any("namespaceSelector" in s for s in sources or ()):
                 yield f"{name}: others than routers may connect to its port wire"
-            elif containers(taken[0])[0]["name"] != "router":
-                yield f"{name}: not routers, but others may connect to its port wire"
+            elif any(containers(one)[0]["name"] not in ("router", "instance") for one in taken):
+                yield f"{name}: not routers and instances, but others may connect to its port wire"
 
 
 def etcd(documents: list[Document]) -> Iterator[str]:

@@ -113,8 +113,8 @@ BROKEN: list[tuple[str, Mutation]] = [
     ("nothing to write to", lambda d: _container(d[ROUTER])["volumeMounts"].pop()),
     ("closed by default", lambda d: d.pop("NetworkPolicy default-deny-ingress")),
     ("others than routers", lambda d: d[WIRE]["spec"]["ingress"][0].pop("from")),
-    ("others than routers", lambda d: d[WIRE]["spec"]["ingress"][1].pop("ports")),
-    ("not routers", lambda d: d[WIRE]["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"].update({"app.kubernetes.io/component": "instance"})),
+    ("others than routers", lambda d: d[WIRE]["spec"]["ingress"][2].pop("ports")),
+    ("others than routers", lambda d: d[WIRE]["spec"]["ingress"][0]["from"][0]["podSelector"]["matchLabels"].update({"app.kubernetes.io/component": "router2"})),
     ("nobody may connect", lambda d: d["NetworkPolicy xllm-router"]["spec"].pop("ingress")),
 ]  # fmt: skip
 

@@ -22,6 +22,7 @@ MOVED = 0.1  # of the time to compute a token, that it takes to move its KV, bef
 HELD = 0.5  # of the time that a prompt takes, every sequence that decodes beside it is held up
 ASKED_S = 0.002  # to ask a peer and to be answered
 FEWEST_BLOCKS = 2  # below that it is not worth the question
+SHUNNED_S = 20.0  # nothing came of a pair: so long it is not tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +117,15 @@ class Pairs:
     def __init__(self, fleet: Fleet, index: KvIndex):
         self._fleet, self._index = fleet, index
         self._infos: dict[str, InstanceInfo] = {}
-        self._helped: dict[str, Pairing] = {}  # by the name of the request at the instance that has it
+        # by the name of the request at the instance that has it: which that is, and who helps
+        self._helped: dict[str, tuple[str, Pairing]] = {}
+        self._shunned: dict[tuple[str, str], float] = {}  # pairs of which nothing came: until when
         self.moves = StepTimes()
 
     def joined(self, info: InstanceInfo) -> None:
+        known = self._infos.get(info.id)
+        if known is None or known.epoch != info.epoch:  # another process: nothing has been tried with it
+            self._shunned = {pair: until for pair, until in self._shunned.items() if info.id not in pair}
         self._infos[info.id] = info
 
     def left(self, id: str) -> None:
@@ -127,12 +133,13 @@ class Pairs:
 
     def find(self, ask: Ask, choice: Choice, now: float) -> tuple[KvFrom, Pairing] | None:
         """Who helps with `ask`, which goes to where `choice` says; counted there as work until the first token comes."""
-        views = self._fleet.views
-        found = pair(ask, views[choice.instance], views.values(), self._index, self.moves)
+        chosen = self._fleet.views[choice.instance]
+        views = [view for view in self._fleet if not self._shuns(chosen.id, view.id, now)]
+        found = pair(ask, chosen, views, self._index, self.moves)
         info = None if found is None else self._infos.get(found.peer)
         if found is None or info is None:
             return None
-        self._helped[ask.request_id] = found
+        self._helped[ask.request_id] = chosen.id, found
         if found.compute:
             there = int(found.reasons["cached_there"])
             self._fleet.sent(Choice(found.peer, "pairing", {}, there), replace(ask, expected_output=1), now)
@@ -140,15 +147,24 @@ class Pairs:
 
     def answered(self, name: str, news: SequenceOutput, now: float) -> None:
         """The first token of a request has come."""
-        helped = self._helped.get(name)
-        if helped is None:
+        if name not in self._helped:
             return
-        if not helped.compute and news.fetched_tokens:
+        chosen, helped = self._helped[name]
+        if not news.fetched_tokens and news.fetch_s:
+            self._shunned[chosen, helped.peer] = now + SHUNNED_S
+        elif not helped.compute and news.fetched_tokens:
             self.moves.seen(news.fetched_tokens, news.fetch_s)
         self._fleet.first_token(helped.peer, name, now)
         self.over(name, now)
 
     def over(self, name: str, now: float) -> None:
         """Nobody works for it any more, or for its sake. A second call does nothing."""
-        if (helped := self._helped.pop(name, None)) is not None:
+        if name in self._helped:
+            _, helped = self._helped.pop(name)
             self._fleet.ended(helped.peer, name, now)
+
+    def _shuns(self, chosen: str, peer: str, now: float) -> bool:
+        if self._shunned.get((chosen, peer), now) <= now:
+            self._shunned.pop((chosen, peer), None)
+            return False
+        return True
