@@ -1,9 +1,11 @@
 """Instances with the demo model are killed, stopped and shut down at load: nothing is lost, wrong, missing or doubled."""
 
+import json
 import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import pytest
@@ -21,6 +23,7 @@ from tests.faults.rig import (
 )
 
 IDS = ("a", "b", "c")
+LONG = 1900  # tokens
 pytestmark = pytest.mark.timeout(180)
 PROMPTS = ("Once upon a time", "What is xLLM?", "1 + 1 =", "日本語 🗼 und Grüße", "{")
 SAMPLINGS = (
@@ -115,18 +118,41 @@ def test_shut_down_at_load_it_finishes_what_runs(made, router, questions):
 
 
 def test_shut_down_without_patience_what_runs_goes_elsewhere(made, router, questions):
+    """One answer is so long that it cannot have ended by then."""
+    body = {
+        "prompt": "Once upon a time",
+        "ignore_eos": True,
+        "temperature": 0,
+        "return_token_ids": True,
+        "max_tokens": LONG,
+    }
+    whole = httpx.post(f"{made.urls['a']}/v1/completions", json=body, timeout=60).json()["choices"][0][
+        "token_ids"
+    ]
     made.real("hasty", flags=("--shutdown-timeout", "0"))
     hasty = made.instances.pop("hasty")
     router.until_serving(*IDS, "hasty")
-    with Load(router.url, questions, clients=16) as load:
+    with Load(router.url, questions, clients=12) as load, httpx.Client(timeout=60) as http:
         load.until_answered(8)
-        before = router.told()["counts"]["moves"]
-        until(lambda: router.instances()["hasty"]["requests"] > 1, "some run there")
-        hasty.terminate()
+        while True:  # until one is there
+            with http.stream("POST", f"{router.url}/v1/completions", json={**body, "stream": True}) as answer:
+                if answer.headers["x-xllm-instance"] != "hasty":
+                    continue
+                before = router.told()["counts"]["moves"]
+                hasty.terminate()
+                got = [id for frame in frames(answer) for id in frame["choices"][0]["token_ids"]]
+                break
         assert hasty.process.wait(25) == 0
         load.until_answered(8)
-        until(lambda: router.told()["counts"]["moves"] > before, "they have moved")
+        assert router.told()["counts"]["moves"] > before
+    assert got == whole
     load.check(3)
+
+
+def frames(answer: httpx.Response) -> Iterator[dict[str, Any]]:
+    for line in answer.iter_lines():
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
 
 
 def test_a_router_that_is_stopped_for_a_while_loses_nothing(made, router, questions):
