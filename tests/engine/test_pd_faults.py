@@ -98,6 +98,19 @@ def test_others_go_on_while_a_peer_stalls(model, prompts, truth):
         assert time.monotonic() - begun < 6.0
 
 
+def test_to_wait_for_a_peer_is_no_standstill(model, prompts, truth):
+    """Else routers would take the one who waits for the one who is stuck."""
+    network = Network(lambda number: "drop")
+    with member(model, network, "p") as p, member(model, network, "d", patience=Patience(1.0, 1.0)) as d:
+        d.dial.send(asked("stalls", prompts[0], p.kv_from(), OUTPUT))
+        until(lambda: network.readings, "it reads")
+        computed, before = d.core.executor.progress, d.core.progress
+        until(lambda: d.core.progress > before + 3, "it advances")
+        assert d.core.executor.progress == computed
+        tokens, _, _ = listen(d.dial, ended("stalls"))
+        assert tokens["stalls"] == truth[0]
+
+
 def test_a_provider_gives_up_on_whoever_takes_nothing(model, prompts, truth):
     network = Network(lambda number: "drop")
     with member(model, network, "p", give_up_s=0.3) as p, member(model, network, "d") as d:

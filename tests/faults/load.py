@@ -54,15 +54,17 @@ class Cut(Exception):
 
 class Load:
     """`clients` at once; half of what they ask is streamed. With several `urls` a client whose answer is cut asks once more,
-    elsewhere. Of what a refusal says in Retry-After at most `hold_s` are waited for."""
+    elsewhere. Of what a refusal says in Retry-After at most `hold_s` are waited for. What is cached of one of `salts` is
+    not used for another: which one a question goes with is left to chance."""
 
     def __init__(
         self, urls: str | Sequence[str], questions: list[Question], clients: int = 8, *,
-        most: int = 400, hold_s: float = 0.0,
+        most: int = 400, hold_s: float = 0.0, salts: Sequence[str] = ("",),
     ):  # fmt: skip
         self.urls = [urls] if isinstance(urls, str) else list(urls)
         self.seen = Seen()
         self._questions, self._clients, self._most, self._hold_s = questions, clients, most, hold_s
+        self._salts = salts
         self._ending = False
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
@@ -103,9 +105,11 @@ class Load:
             count = chance.randint(1, min(self._most, len(question.tokens)))
             stream = chance.random() < 0.5
             first = chance.randrange(len(self.urls))
+            body = {**question.body, "cache_salt": chance.choice(self._salts)}
+            asked = Question(body, question.tokens)
             for url in (self.urls[first:] + self.urls[:first])[:2]:
                 try:
-                    await self._ask(http, url, question, count, stream)
+                    await self._ask(http, url, asked, count, stream)
                     break
                 except (Cut, httpx.HTTPError) as e:
                     why = f"{type(e).__name__}: {e}"

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from tests.server.command import Command, command, url_of
 from xllm.cluster.etcd_child import EtcdChild
 
 CLI = ("-m", "xllm.cli")
+EAGER = ("-m", "tests.faults.eager_router")  # for KV from elsewhere
 NAME = "faults"
 NOTICED_S = 3.0  # that an instance does not answer
 VOCABULARY = 4096  # of the demo model
@@ -79,14 +80,17 @@ class Cluster:
         for id in ids:
             self.instances[id].wait_for(r'^\{"id"')
 
-    def real(self, *ids: str, flags: tuple[str, ...] = ()) -> dict[str, str]:
+    def real(
+        self, *ids: str, flags: tuple[str, ...] = (), roles: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
         """Instances with the demo model; the URLs of their own HTTP servers."""
         for id in ids:
-            self._start(id, *CLI, "serve", "demo", "--instance-id", id, *REAL, *flags)
+            role = (roles or {}).get(id, "both")
+            self._start(id, *CLI, "serve", "demo", "--instance-id", id, "--role", role, *REAL, *flags)
         return {id: url_of(self.instances[id]) for id in ids}
 
-    def router(self, *flags: str) -> Router:
-        running = self._command(*CLI, "router", "demo", "--port", "0", "--log-level", "warning", *flags)
+    def router(self, *flags: str, cli: tuple[str, ...] = CLI) -> Router:
+        running = self._command(*cli, "router", "demo", "--port", "0", "--log-level", "warning", *flags)
         router = Router(running)
         self._stack.callback(router.http.close)
         return router

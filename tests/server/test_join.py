@@ -254,6 +254,10 @@ def test_an_etcd_that_is_not_there_is_waited_for():
         (("--etcd", "127.0.0.1:2379"), "etcd"),
         (("--etcd", "http://127.0.0.1:1", "--listen", "ipc://x"), "--listen is tcp://HOST:PORT"),
         (("--etcd", "http://127.0.0.1:1", "--instance-id", "a/b"), "--instance-id consists of"),
+        (
+            ("--etcd", "http://127.0.0.1:1", "--kv-transport", "pigeon"),
+            "--kv-transport is one of auto, nixl, tcp, none",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_sentence(flags, sentence):

@@ -94,7 +94,7 @@ class InlineClient:
 
     def pulse(self) -> tuple[Heartbeat, float]:
         core = self._core
-        return Heartbeat(progress=core.executor.progress, busy=core.busy, stats=core.last_stats), 0.0
+        return Heartbeat(progress=core.progress, busy=core.busy, stats=core.last_stats), 0.0
 
     def dead(self) -> str | None:
         return None

@@ -71,6 +71,7 @@ class EngineCore:
         self.clock = clock
         self.inflight: deque[tuple[StepPlan, Outcome[StepResult]]] = deque()
         self.stopping = False
+        self._waits = 0  # for peers
         self.asleep = False  # the device's memory was given back
         self._kv_limit: int | None = None  # blocks of an elastic pool
         self.last_stats: SchedulerStats | None = None  # as of the last turn; other threads read it
@@ -131,6 +132,7 @@ class EngineCore:
                 self.executor.wait_for_news(TRANSFER_WAIT_S)
             elif self._peers is not None and self._peers.busy:
                 self._peers.wait(TRANSFER_WAIT_S)
+                self._waits += 1
             elif self.scheduler.elastic is not None:
                 self.executor.wait_until_resized(TRANSFER_WAIT_S)
         return []
@@ -183,6 +185,12 @@ class EngineCore:
     def kv_transport(self) -> str | None:
         """How KV comes from other engines and goes there; None: it does not."""
         return None if self._peers is None else self._peers.transport_name
+
+    @property
+    def progress(self) -> int:
+        """Grows as long as work advances. Where all of it waits for KV from others, that they are slow is their fault and
+        has a time-out of its own: while the loop turns this engine is well."""
+        return self.executor.progress + self._waits
 
     @property
     def busy(self) -> bool:

@@ -138,7 +138,7 @@ def _beat(
     sender = ZmqSender(context, launch.send_to) if hub is None else None
     while not stop.wait(HEARTBEAT_S):
         outstanding = 0 if hub is None else hub.outstanding
-        beat = Heartbeat(core.executor.progress, core.busy, core.last_stats, outstanding)
+        beat = Heartbeat(core.progress, core.busy, core.last_stats, outstanding)
         (sender or channel).send(beat)
     if sender is not None:
         sender.close()

@@ -15,7 +15,7 @@ from xllm.engine.providing import GIVE_UP_S
 from xllm.executor.block_sums import BlockSums
 from xllm.executor.fingerprint import fingerprint
 from xllm.executor.transports.base import Transport
-from xllm.executor.transports.table import AUTO, chosen, open_transport
+from xllm.executor.transports.table import open_transport, spoken
 from xllm.scheduler.scheduler import Scheduler
 from xllm.wire.channel import Channel
 
@@ -56,9 +56,7 @@ class Sharing:
             means,
             block_bytes=config.cache.block_bytes,
             give_up_s=self.give_up_s,
-            transport_name=chosen(on_card=memory.is_cuda, holes=holes)
-            if self.transport == AUTO
-            else self.transport,
+            transport_name=spoken(self.transport, on_card=memory.is_cuda, holes=holes),
         )
 
     def connect(self, memory: torch.Tensor, holes: bool) -> Transport:

@@ -13,6 +13,7 @@ from xllm.core.errors import ConfigError
 TOKEN_VARIABLE = "XLLM_CLUSTER_TOKEN"
 MOST_PROCESSES = 64
 KV_TRANSPORTS = ("auto", "nixl", "tcp", "none")
+FAULTY = "faulty:"  # a transport for tests: it takes settings, and no help speaks of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +57,15 @@ class JoinOptions(ClusterOptions):
     kv_transport: str = knob(
         "auto",
         "how KV goes between instances; auto: nixl on a card where it is installed, else tcp",
-        choices=KV_TRANSPORTS,
+        metavar=f"{{{','.join(KV_TRANSPORTS)}}}",
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.kv_transport not in KV_TRANSPORTS and not self.kv_transport.startswith(FAULTY):
+            raise ConfigError(
+                f"--kv-transport is one of {', '.join(KV_TRANSPORTS)}; not {self.kv_transport!r}"
+            )
         if self.role != "both" and self.kv_transport == "none":
             raise ConfigError(
                 f"--role {self.role} is of no use without KV from or for others: --kv-transport none"

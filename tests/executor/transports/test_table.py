@@ -5,7 +5,7 @@ from tests.executor.transports.giving import contents, needs_nixl
 from xllm.core.errors import ConfigError
 from xllm.executor.transports import nixl, nixl_agents, table
 from xllm.executor.transports.base import Blocks, Settings
-from xllm.executor.transports.table import chosen, nixl_module, open_blocks, open_transport
+from xllm.executor.transports.table import chosen, nixl_module, open_blocks, open_transport, spoken
 from xllm.executor.transports.tcp import TcpTransport
 
 MEMORY = contents(4, 100, 1)
@@ -29,6 +29,15 @@ def test_auto_is_tcp_on_a_cpu():
 def test_auto_is_nixl_where_it_is_of_use(monkeypatch, on_card, holes, installed, expected):
     monkeypatch.setattr(table, "nixl_module", lambda: "nixl_cu13" if installed else None)
     assert chosen(on_card=on_card, holes=holes) == expected
+    assert spoken("auto", on_card=on_card, holes=holes) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("tcp", "tcp"), ("nixl", "nixl"), ("faulty", "tcp"), ("faulty:nixl?drop=0.1&seed=3", "nixl"), ("faulty:?break=1", "tcp")],
+)  # fmt: skip
+def test_who_has_faults_speaks_what_others_do(name, expected):
+    assert spoken(name, on_card=False, holes=False) == expected
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,14 @@ def chosen(*, on_card: bool, holes: bool) -> str:
     return "nixl" if on_card and not holes and nixl_module() is not None else "tcp"
 
 
+def spoken(name: str, *, on_card: bool, holes: bool) -> str:
+    """What a transport is told by to others: only those that speak the same can read each other."""
+    kind, _, detail = name.partition(":")
+    if kind == "faulty":
+        kind = detail.partition("?")[0] or "tcp"
+    return chosen(on_card=on_card, holes=holes) if kind == AUTO else kind
+
+
 def nixl_module(found: Callable[[str], object] = find_spec) -> str | None:
     """The package that goes with this PyTorch's CUDA, where it is installed."""
     major = _cuda_major()
