@@ -134,18 +134,27 @@ def test_it_is_paired_anew_where_it_goes_on():
     assert len(dispatcher.fleet.views["p"].ours.outstanding) == 1
 
 
-def test_a_pair_of_which_nothing_came_is_left_alone_for_a_while():
+def test_a_pair_of_which_nothing_comes_is_left_alone_for_longer_and_longer():
     dispatcher, watch = made(("d", "decode"), ("p", "prefill"))
     decoding(dispatcher, "d", 6)
-    _, first = dispatcher.submit(submit("1/0", prompt=1000), watch.now)
-    assert first.submit.kv_from is not None
-    dispatcher.heard(first.to, [news(first, 5, fetch_s=2.0)], watch.now)
-    assert dispatcher.submit(submit("2/0", prompt=1000), watch.now)[1].submit.kv_from is None
-    watch.now += SHUNNED_S + 1
-    _, later = dispatcher.submit(submit("3/0", prompt=1000), watch.now)
-    assert later.submit.kv_from is not None
-    dispatcher.heard(later.to, [news(later, 5, fetch_s=2.0)], watch.now)
+    count = 0
+
+    def ask(**brought: Any) -> bool:
+        """Whether it was paired; `brought` is what came of that."""
+        nonlocal count
+        count += 1
+        _, sending = dispatcher.submit(submit(f"{count}/0", prompt=1000), watch.now)
+        dispatcher.heard(sending.to, [news(sending, 5, finish=Finish.LENGTH, **brought)], watch.now)
+        return sending.submit.kv_from is not None
+
+    for pause_s in (1.0, 2.0, 4.0, 8.0, 16.0, SHUNNED_S, SHUNNED_S):
+        assert ask(fetch_s=2.0)
+        watch.now += 0.9 * pause_s
+        assert not ask()
+        watch.now += 0.2 * pause_s
+    assert ask(fetch_s=0.1, fetched_tokens=900), "which makes up for all that"
+    assert ask(fetch_s=2.0)
+    watch.now += 1.1
+    assert ask(fetch_s=2.0)
     dispatcher.serves(dispatcher.joined(instance("p", 2, role="prefill", transport="tcp")), True)
-    assert dispatcher.submit(submit("4/0", prompt=1000), watch.now)[1].submit.kv_from is not None, (
-        "another process"
-    )
+    assert ask(), "another process"

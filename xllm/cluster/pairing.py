@@ -22,7 +22,7 @@ MOVED = 0.1  # of the time to compute a token, that it takes to move its KV, bef
 HELD = 0.5  # of the time that a prompt takes, every sequence that decodes beside it is held up
 ASKED_S = 0.002  # to ask a peer and to be answered
 FEWEST_BLOCKS = 2  # below that it is not worth the question
-SHUNNED_S = 20.0  # nothing came of a pair: so long it is not tried again
+SHUNNED_S = 20.0  # a pair of which nothing comes is not tried again for a second, then for two, up to this
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,17 @@ def _moved_s(moves: StepTimes, tokens: int, chosen: InstanceView) -> float:
     return MOVED * tokens * (computed_s or TOKEN_S)
 
 
+@dataclass(slots=True)
+class _Shunned:
+    seconds: float = 0.0  # the last time
+    until: float = 0.0
+
+    def again(self, now: float) -> None:
+        if now >= self.until:  # what was begun before counts as one
+            self.seconds = min(SHUNNED_S, max(1.0, 2 * self.seconds))
+            self.until = now + self.seconds
+
+
 class Pairs:
     """Which requests are helped by whom, and what that has taught. Belongs to a `Dispatcher`."""
 
@@ -119,13 +130,13 @@ class Pairs:
         self._infos: dict[str, InstanceInfo] = {}
         # by the name of the request at the instance that has it: which that is, and who helps
         self._helped: dict[str, tuple[str, Pairing]] = {}
-        self._shunned: dict[tuple[str, str], float] = {}  # pairs of which nothing came: until when
+        self._shunned: dict[tuple[str, str], _Shunned] = {}  # pairs of which nothing came the last time
         self.moves = StepTimes()
 
     def joined(self, info: InstanceInfo) -> None:
         known = self._infos.get(info.id)
         if known is None or known.epoch != info.epoch:  # another process: nothing has been tried with it
-            self._shunned = {pair: until for pair, until in self._shunned.items() if info.id not in pair}
+            self._shunned = {pair: one for pair, one in self._shunned.items() if info.id not in pair}
         self._infos[info.id] = info
 
     def left(self, id: str) -> None:
@@ -151,9 +162,11 @@ class Pairs:
             return
         chosen, helped = self._helped[name]
         if not news.fetched_tokens and news.fetch_s:
-            self._shunned[chosen, helped.peer] = now + SHUNNED_S
-        elif not helped.compute and news.fetched_tokens:
-            self.moves.seen(news.fetched_tokens, news.fetch_s)
+            self._shunned.setdefault((chosen, helped.peer), _Shunned()).again(now)
+        elif news.fetched_tokens:
+            self._shunned.pop((chosen, helped.peer), None)
+            if not helped.compute:
+                self.moves.seen(news.fetched_tokens, news.fetch_s)
         self._fleet.first_token(helped.peer, name, now)
         self.over(name, now)
 
@@ -164,7 +177,5 @@ class Pairs:
             self._fleet.ended(helped.peer, name, now)
 
     def _shuns(self, chosen: str, peer: str, now: float) -> bool:
-        if self._shunned.get((chosen, peer), now) <= now:
-            self._shunned.pop((chosen, peer), None)
-            return False
-        return True
+        shunned = self._shunned.get((chosen, peer))
+        return shunned is not None and now < shunned.until
