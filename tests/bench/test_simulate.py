@@ -10,7 +10,8 @@ import pytest
 
 from tests.bench.commands import bench
 from xllm.bench import simulate, simulate_report
-from xllm.bench.simulate_options import SimulateOptions, TraceOptions
+from xllm.bench.simulate_options import FETCH_US, SimulateOptions, TraceOptions
+from xllm.bench.simulate_workers import spread
 from xllm.bench.trace import TraceRequest, generate, write
 from xllm.cluster.status import InstanceStatus
 from xllm.core.errors import ConfigError, Overloaded
@@ -90,6 +91,12 @@ def test_time_is_stretched():
     assert result["seconds"] < 0.2
 
 
+def test_gaps_are_between_tokens_of_an_answer():
+    done = simulate.replay(ROWS[:3], FakeClient(0.04), 1.0, 5.0)
+    assert [len(call.gaps) for call in done.calls] == [1, 1, 1]
+    assert 0.01 < simulate_report.summarise("p", done, ["a", "b"], [])["itl_p50_s"] < 0.1
+
+
 def test_a_turn_waits_for_the_answer_before():
     rows = [
         TraceRequest(0.0, 30, 6, (1,), "s"),
@@ -143,6 +150,38 @@ def test_what_does_not_fit_is_refused():
         SimulateOptions(policies="nearest")
     with pytest.raises(ConfigError, match="--instances"):
         SimulateOptions(instances=0)
+    with pytest.raises(ConfigError, match="--prefill"):
+        SimulateOptions(instances=2, prefill=2)
+    with pytest.raises(ConfigError, match="--fetch-us"):
+        SimulateOptions(fetch_us=-1.0)
+
+
+def test_each_role_has_processes_of_its_own():
+    assert spread(SimulateOptions(instances=5, workers=2)) == [("both", 3), ("both", 2)]
+    assert spread(SimulateOptions(instances=4, prefill=1, workers=1)) == [("prefill", 1), ("decode", 3)]
+    assert spread(SimulateOptions(instances=8, prefill=4, workers=4)) == [
+        ("prefill", 2), ("prefill", 2), ("decode", 2), ("decode", 2)
+    ]  # fmt: skip
+    assert SimulateOptions(instances=2).moved_us is None
+    assert SimulateOptions(instances=2, prefill=1).moved_us == FETCH_US
+    assert SimulateOptions(instances=2, fetch_us=3.0).moved_us == 3.0
+
+
+def test_prompts_may_be_computed_by_some_for_the_others():
+    """Streams go on beside long prompts, where those are computed elsewhere."""
+    streams = [TraceRequest(0.0, 20, 60, (n,)) for n in range(3)]
+    long = [TraceRequest(200.0 * n, 1500, 2, tuple(range(1000 * n, 1000 * n + 3))) for n in range(1, 4)]
+    options = SimulateOptions(
+        instances=2, prefill=1, fetch_us=5.0, base_ms=10.0, token_us=200.0, context_ns=0.0, plots=False
+    )
+    done, answering, lateness = simulate.play("prefix_aware", [*streams, *long], options)
+    assert [call.error for call in done.calls] == [None] * 6
+    assert len(answering) == 1
+    assert {call.instance for call in done.calls} == set(answering)
+    assert all(call.fetched >= 1400 for call in done.calls[3:])
+    result = simulate_report.summarise("prefix_aware", done, answering, lateness)
+    assert result["fetched"] > 0.9
+    assert result["hit_rate"] == 0
 
 
 def test_without_matplotlib_a_sentence_says_what_to_do(monkeypatch):

@@ -9,6 +9,7 @@ import gc
 import heapq
 import json
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from xllm.bench.trace import Prompts, TraceRequest
 from xllm.cluster.client import ClusterClient
 from xllm.cluster.instance import InstanceInfo
 from xllm.cluster.status import InstanceStatus
+from xllm.cluster.view import ROLES
 from xllm.core.errors import ConfigError, XllmError
 from xllm.core.output import SequenceOutput
 from xllm.core.sampling import SamplingParams
@@ -49,11 +51,14 @@ class Call:
     due: float = 0.0
     sent: float = 0.0
     first: float | None = None
+    last: float = 0.0
+    gaps: "array[float]" = field(default_factory=lambda: array("d"))  # seconds between news of tokens
     end: float | None = None
     tokens: list[int] = field(default_factory=list)
     expected: list[int] = field(default_factory=list)  # forgotten once it has come
     output: int = 0
-    cached: int = 0
+    cached: int = 0  # tokens of the prompt, where it was sent
+    fetched: int = 0  # that came there from another instance
     instance: str = ""
     moves: int = 0
     error: str | None = None
@@ -139,7 +144,11 @@ class _Replayer:
         if output.token_ids:
             call.tokens += output.token_ids
             if call.first is None:
-                call.first, call.cached = now, output.num_cached_tokens or 0
+                call.first, call.fetched = now, output.fetched_tokens
+                call.cached = max(0, output.num_cached_tokens - output.fetched_tokens)
+            else:
+                call.gaps.append(now - call.last)
+            call.last = now
         if output.finish is not None:
             error = output.error or (None if call.tokens == call.expected else "the answer is wrong")
             self._end(output.request_id, now, error)
@@ -197,6 +206,13 @@ def fitting(rows: Sequence[TraceRequest], options: SimulateOptions) -> list[Trac
 
 def measure(policy: str, rows: Sequence[TraceRequest], options: SimulateOptions) -> dict[str, object]:
     """One policy's figures, see `simulate_report.summarise`."""
+    return simulate_report.summarise(policy, *play(policy, rows, options))
+
+
+def play(
+    policy: str, rows: Sequence[TraceRequest], options: SimulateOptions
+) -> tuple[Replay, list[str], list[dict[str, object]]]:
+    """What came of it, the instances that answer requests, and how well each of all kept time."""
     with Workers(options) as workers:
         client = ClusterClient(policy, name="simulate")
         try:
@@ -208,7 +224,7 @@ def measure(policy: str, rows: Sequence[TraceRequest], options: SimulateOptions)
             gc.unfreeze()
             client.close()
         lateness = workers.finish()
-    return simulate_report.summarise(policy, done, [info.id for info in workers.infos], lateness)
+    return done, [info.id for info in workers.infos if info.role in ROLES], lateness
 
 
 def _connect(client: ClusterClient, infos: Sequence[InstanceInfo]) -> None:

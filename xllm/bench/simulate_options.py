@@ -9,6 +9,7 @@ from xllm.config.options import knob
 from xllm.core.errors import ConfigError
 
 KINDS = ("conversation", "agents", "code")
+FETCH_US = 1.0  # of 8B over a line of 150 GB/s
 ARRIVALS = ("poisson", "gamma", "mmpp", "diurnal")
 
 
@@ -49,7 +50,14 @@ class SimulateOptions:
 
     policies: str = knob("prefix_aware,least_loaded,round_robin", f"of {', '.join(ROUTING)}")
     instances: int = knob(32, "how many")
-    workers: int = knob(2, "processes that they are spread over")
+    prefill: int = knob(
+        0, "of the instances, so many compute prompts for the others, who fetch the KV and answer"
+    )
+    fetch_us: float | None = knob(
+        None, "microseconds that a token's KV takes from another instance "
+        f"(default: {FETCH_US:g} with --prefill, else none goes between them)",
+    )  # fmt: skip
+    workers: int = knob(2, "processes that they are spread over, at least one for each role")
     time_scale: float = knob(
         1.0, "seconds that a second of the trace takes; more where the host does not keep up"
     )
@@ -72,10 +80,19 @@ class SimulateOptions:
         for name in ("instances", "workers", "time_scale", "patience", "requests"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} must be more than 0")
+        if not 0 <= self.prefill < self.instances:
+            raise ConfigError("--prefill must be fewer than --instances: somebody is to answer")
+        if self.fetch_us is not None and self.fetch_us < 0:
+            raise ConfigError("--fetch-us cannot be less than 0")
 
     @property
     def names(self) -> list[str]:
         return [name.strip() for name in self.policies.split(",") if name.strip()]
+
+    @property
+    def moved_us(self) -> float | None:
+        """Microseconds for a token's KV; None: none goes between instances."""
+        return FETCH_US if self.fetch_us is None and self.prefill else self.fetch_us
 
     @property
     def max_model_len(self) -> int:

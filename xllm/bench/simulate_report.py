@@ -41,12 +41,13 @@ def summarise(
     scale, calls = replay.scale, replay.calls
     done = [call for call in calls if call.error is None]
     ttfts = [(call.first - call.sent) / scale for call in done if call.first is not None]
+    itls = [gap / scale for call in done for gap in call.gaps]
     tpots = [t / scale for call in done if (t := _tpot(call)) is not None]
     seconds = (max((c.end or 0.0 for c in calls), default=0.0) - replay.begin) / scale
     prompts, cached = sum(c.row.input_length for c in done), sum(c.cached for c in done)
     work = Counter(dict.fromkeys(instances, 0))
     for call in done:
-        work[call.instance] += call.row.input_length - call.cached + call.output
+        work[call.instance] += call.row.input_length - call.cached - call.fetched + call.output
     return {
         "policy": policy,
         "requests": len(calls),
@@ -57,8 +58,10 @@ def summarise(
         "requests_per_s": len(done) / seconds,
         "output_tokens_per_s": sum(call.output for call in done) / seconds,
         "hit_rate": cached / prompts if prompts else 0.0,
+        "fetched": sum(c.fetched for c in done) / prompts if prompts else 0.0,
         **{f"ttft_p{p}_s": percentile(ttfts, p) for p in PERCENTILES},
         **{f"tpot_p{p}_s": percentile(tpots, p) for p in PERCENTILES},
+        **{f"itl_p{p}_s": percentile(itls, p) for p in PERCENTILES},
         "imbalance": _variation(list(work.values())),
         "work": dict(work),
         "queues": [
@@ -104,7 +107,8 @@ def line(result: Mapping[str, Any]) -> str:
     slow = "" if host["kept_up"] else "  THE HOST DID NOT KEEP UP: a larger --time-scale is needed"
     return (
         f"{result['policy']:<14} TTFT p50 {result['ttft_p50_s'] * 1e3:7.0f} ms, p99 {result['ttft_p99_s'] * 1e3:7.0f} ms; "
-        f"TPOT p50 {result['tpot_p50_s'] * 1e3:5.1f} ms; hits {result['hit_rate']:6.1%}; "
+        f"TPOT p50 {result['tpot_p50_s'] * 1e3:5.1f} ms; ITL p99 {result['itl_p99_s'] * 1e3:5.1f} ms; "
+        f"hits {result['hit_rate']:6.1%}; "
         f"{result['output_tokens_per_s']:8.0f} tokens/s; failed {result['failed']}{slow}"
     )
 
@@ -115,8 +119,10 @@ _COLUMNS: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]] = (
     ("policy", lambda r: r["policy"]),
     *((f"TTFT p{p}, ms", lambda r, p=p: f"{r[f'ttft_p{p}_s'] * 1e3:.0f}") for p in PERCENTILES),
     *((f"TPOT p{p}, ms", lambda r, p=p: f"{r[f'tpot_p{p}_s'] * 1e3:.1f}") for p in PERCENTILES),
+    ("ITL p99, ms", lambda r: f"{r['itl_p99_s'] * 1e3:.1f}"),
     ("tokens/s", lambda r: f"{r['output_tokens_per_s']:.0f}"),
     ("hit rate", lambda r: f"{r['hit_rate']:.1%}"),
+    ("fetched", lambda r: f"{r['fetched']:.1%}"),
     ("imbalance", lambda r: f"{r['imbalance']:.3f}"),
     ("queue, mean of most", lambda r: f"{statistics.fmean([q['max'] for q in r['queues']] or [0]):.1f}"),
     ("failed", lambda r: str(r["failed"])),
@@ -140,12 +146,14 @@ def write(out: Path, about: Mapping[str, Any], results: Sequence[Mapping[str, An
     parts = [
         "# Routing policies, simulated",
         f"`{about['trace']}`: {figures}.",
-        f"{options['instances']} instances of {options['num_blocks']} blocks and {options['max_num_seqs']} sequences; a step "
+        f"{options['instances']} instances of {options['num_blocks']} blocks and {options['max_num_seqs']} sequences, "
+        f"{options['prefill']} of them for prompts only; a step "
         f"takes {options['base_ms']:g} ms, {options['token_us']:g} us for each token and {options['context_ns']:g} ns for each "
         f"token of KV. A second of the trace took {options['time_scale']:g} s. Times are those of the trace.",
         _table(_COLUMNS, results),
-        "Imbalance: coefficient of variation of the tokens that instances computed. Queue: of all instances the most "
-        "requests that one has, running or waiting.",
+        "ITL: between two tokens of an answer. Fetched: of the prompts' tokens, those whose KV came from another instance. "
+        "Imbalance: coefficient of variation of the tokens that instances computed for requests of their own. "
+        "Queue: of all instances the most requests that one has, running or waiting.",
         *(f"![{title}]({name})" for title, name in pictures),
         "## Whether the host kept up",
         _table(_HOST, results),

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from xllm.bench.simulate_options import SimulateOptions
-from xllm.cluster.instance import InstanceInfo
+from xllm.cluster.instance import InstanceInfo, Role
 from xllm.config.flags import to_argv
 from xllm.core.errors import XllmError
 from xllm.engine.modelled_process import ModelledOptions
@@ -28,15 +28,15 @@ class Workers:
     def __init__(self, options: SimulateOptions):
         self.infos: list[InstanceInfo] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        each = math.ceil(options.instances / options.workers)
-        counts = [min(each, options.instances - n) for n in range(0, options.instances, each)]
+        shares = spread(options)
         try:
-            for n, count in enumerate(counts):
-                command = [sys.executable, "-m", "xllm.engine.modelled", *to_argv(_asked(options, n, count))]
+            for n, (role, count) in enumerate(shares):
+                argv = to_argv(_asked(options, n, role, count))
+                command = [sys.executable, "-m", "xllm.engine.modelled", *argv]
                 self._processes.append(
                     subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
                 )
-            for process, count in zip(self._processes, counts, strict=True):
+            for process, (_, count) in zip(self._processes, shares, strict=True):
                 self.infos += [_info(process) for _ in range(count)]
         except BaseException:
             self._kill()
@@ -68,10 +68,23 @@ class Workers:
             process.communicate()
 
 
-def _asked(o: SimulateOptions, n: int, count: int) -> ModelledOptions:
-    """Steps take as much longer as the trace does."""
+def spread(options: SimulateOptions) -> list[tuple[Role, int]]:
+    """Of each process: the role of its instances, and how many they are."""
+    roles: list[tuple[Role, int]] = [("both", options.instances)]
+    if options.prefill:
+        roles = [("prefill", options.prefill), ("decode", options.instances - options.prefill)]
+    found: list[tuple[Role, int]] = []
+    for role, number in roles:
+        each = math.ceil(number / max(1, round(options.workers * number / options.instances)))
+        found += [(role, min(each, number - n)) for n in range(0, number, each)]
+    return found
+
+
+def _asked(o: SimulateOptions, n: int, role: Role, count: int) -> ModelledOptions:
+    """Steps and transfers take as much longer as the trace does."""
     return ModelledOptions(
-        id=f"{chr(ord('a') + n % 26)}{n // 26 or ''}", instances=count, base_ms=o.base_ms * o.time_scale,
+        id=f"{chr(ord('a') + n % 26)}{n // 26 or ''}", instances=count, role=role,
+        fetch_us=None if o.moved_us is None else o.moved_us * o.time_scale, base_ms=o.base_ms * o.time_scale,
         token_us=o.token_us * o.time_scale, context_ns=o.context_ns * o.time_scale, num_blocks=o.num_blocks,
         block_size=o.block_size, max_num_seqs=o.max_num_seqs, max_num_batched_tokens=o.max_num_batched_tokens,
         max_model_len=o.max_model_len, max_num_queued=o.max_num_queued, shutdown_timeout=0.1, until_eof=True,

@@ -8,8 +8,9 @@ import hashlib
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from xllm.cluster.instance import InstanceInfo, KvFacts, epoch_now
+from xllm.cluster.instance import InstanceInfo, KvFacts, Role, epoch_now
 from xllm.config.decided import (
     CacheConfig,
     EngineConfig,
@@ -31,8 +32,12 @@ from xllm.wire.doors import Listen
 from xllm.wire.hub import Hub
 from xllm.wire.messages import Heartbeat, Ready
 
+if TYPE_CHECKING:
+    from xllm.engine.peers import Peers  # brings torch
+
 HEARTBEAT_S = 0.25
 DEPTH = 2  # steps in flight
+TRANSPORT = "modelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,8 @@ class Shape:
 class ModelledInstance:
     """One engine in threads of this process; its hub listens on tcp for routers.
 
-    `start` after `stop` or `kill` begins the next incarnation: another epoch and address, an empty cache.
+    `start` after `stop` or `kill` begins the next incarnation: another epoch and address, an empty cache. `fetch_s` are the
+    seconds that a token's KV takes from another instance; None: none comes from others or goes there.
     """
 
     def __init__(
@@ -64,9 +70,13 @@ class ModelledInstance:
         token: str | None = None,
         listen: str = "tcp://127.0.0.1:*",
         epoch: int | None = None,
+        role: Role = "both",
+        fetch_s: float | None = None,
     ):
         self.id, self.model = id, model
+        self.role, self.fetch_s = role, fetch_s
         self.speed, self.shape, self.words = speed or Speed(), shape or Shape(), words or Words()
+        self.token = token
         self._listen = Listen(listen, token)
         self.epoch = epoch_now() if epoch is None else epoch
         self._running: _Incarnation | None = None
@@ -92,6 +102,8 @@ class ModelledInstance:
             max_model_len=shape.max_model_len,
             max_num_batched_tokens=shape.max_num_batched_tokens,
             max_num_queued=shape.max_num_queued,
+            role=self.role,
+            transport=None if self.fetch_s is None else TRANSPORT,
         )
 
     @property
@@ -158,9 +170,10 @@ class _Incarnation:
         config = _config(of)
         self.hub = MortalHub(of._listen, self.gate, of.id)
         self.runner = ModelledRunner(of.speed, of.words, self.gate)
-        self.core = _core(config, self.runner, self.hub)
+        self.core = _core(of, config, self.runner, self.hub)
         self._stop = threading.Event()
-        self.hub.send(Ready(config=config, addresses=self.hub.addresses))
+        ready = Ready(config=config, addresses=self.hub.addresses, kv_transport=self.core.kv_transport)
+        self.hub.send(ready)
         self._threads = [self._thread("loop", self._loop), self._thread("heart", self._beat)]
 
     def _thread(self, what: str, run: Callable[[], None]) -> threading.Thread:
@@ -183,7 +196,7 @@ class _Incarnation:
         while not self._stop.wait(HEARTBEAT_S):
             self.gate()
             core = self.core
-            self.hub.send(Heartbeat(progress=core.executor.progress, busy=core.busy, stats=core.last_stats))
+            self.hub.send(Heartbeat(progress=core.progress, busy=core.busy, stats=core.last_stats))
 
     def stop(self) -> None:
         self.gate.resume()
@@ -204,18 +217,31 @@ class _Incarnation:
         self.core.close()
 
 
-def _core(config: EngineConfig, runner: ModelledRunner, hub: Hub) -> EngineCore:
+def _core(of: ModelledInstance, config: EngineConfig, runner: ModelledRunner, hub: Hub) -> EngineCore:
     cache, scheduling = config.cache, config.scheduler
     events = EventStream(None, cache.block_size)
     pool = BlockPool(cache.num_blocks, cache.block_size, cache.prefix_caching, events.log)
     events.cached = {DEVICE: pool.index.names}
-    scheduler = Scheduler(scheduling, pool)
+    scheduler = Scheduler(scheduling, pool, peers=of.fetch_s is not None)
     executor = Executor(lambda: runner, depth=DEPTH, asynchronous=True)
     admission = Admission(
         scheduler, eos_ids=frozenset(config.model.eos_ids), max_model_len=scheduling.max_model_len,
         seed=config.executor.seed, vocab_size=config.model.vocab_size,
     )  # fmt: skip
-    return EngineCore(scheduler, executor, hub, admission, depth=DEPTH, events=events)
+    peers = None if of.fetch_s is None else _peers(of, of.fetch_s, scheduler, admission, hub)
+    return EngineCore(scheduler, executor, hub, admission, depth=DEPTH, events=events, peers=peers)
+
+
+def _peers(
+    of: ModelledInstance, fetch_s: float, scheduler: Scheduler, admission: Admission, hub: Hub
+) -> "Peers":
+    from xllm.engine.modelled_peers import modelled_peers  # torch comes with it: only who needs it pays
+
+    size = of.shape.block_size
+    return modelled_peers(
+        scheduler, admission, hub, name=of.id, block_size=size, block_s=fetch_s * size,
+        fingerprint=_fingerprint(of.model), token=of.token,
+    )  # fmt: skip
 
 
 def _config(of: ModelledInstance) -> EngineConfig:

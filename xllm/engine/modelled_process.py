@@ -14,10 +14,11 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
+from typing import cast, get_args
 
 import msgspec
 
-from xllm.cluster.instance import InstanceInfo, LoadSummary, check_name
+from xllm.cluster.instance import InstanceInfo, LoadSummary, Role, check_name
 from xllm.config.flags import add_flags, from_namespace
 from xllm.config.options import knob
 from xllm.core.errors import ConfigError, XllmError
@@ -40,6 +41,14 @@ class ModelledOptions:
     cluster: str = knob("default", "name of the cluster")
     listen: str = knob("tcp://127.0.0.1:*", "where routers reach them")
     model: str = knob("modelled", "name of the model they claim to have")
+    role: str = knob(
+        "both",
+        "what routers send them: as with `xllm serve`; other than both with --fetch-us",
+        choices=get_args(Role),
+    )
+    fetch_us: float | None = knob(
+        None, "microseconds that a token's KV takes from another instance (default: none goes between them)"
+    )
     base_ms: float = knob(8.0, "milliseconds of a step")
     token_us: float = knob(60.0, "microseconds for each token of a step")
     context_ns: float = knob(0.0, "nanoseconds for each token of KV that a step reads")
@@ -60,6 +69,12 @@ class ModelledOptions:
         check_name(self.id, "--id")
         if self.instances < 1:
             raise ConfigError("--instances must be at least 1")
+        if self.fetch_us is None and self.role != "both":
+            raise ConfigError(
+                f"--role {self.role} is of no use without KV from or for others: give --fetch-us"
+            )
+        if self.fetch_us is not None and self.fetch_us < 0:
+            raise ConfigError("--fetch-us cannot be less than 0")
 
     def make(self) -> list[ModelledInstance]:
         """Not started yet."""
@@ -72,10 +87,14 @@ class ModelledOptions:
         words = Words(self.vocab_size, ends_every=self.ends_every)
         # as for `xllm serve`: a flag would be in the list of processes
         token = os.environ.get("XLLM_CLUSTER_TOKEN", "").strip() or None
+        fetch_s = None if self.fetch_us is None else self.fetch_us / 1e6
         return [
-            ModelledInstance(id, speed, shape, words, model=self.model, token=token, listen=self.listen)
+            ModelledInstance(
+                id, speed, shape, words, model=self.model, token=token, listen=self.listen,
+                role=cast(Role, self.role), fetch_s=fetch_s,
+            )
             for id in ids
-        ]
+        ]  # fmt: skip
 
 
 def main() -> None:
