@@ -42,11 +42,11 @@ FEW = 1.15  # within runs of a policy the medians differ as much
 # ---- real instances
 
 
-def real(traces: dict[str, list[TraceRequest]], repeats: int) -> list[dict[str, Any]]:
+def real(traces: dict[str, list[TraceRequest]], repeats: int, transport: str) -> list[dict[str, Any]]:
     runs = []
     with Rig() as rig:
         flags = ["--threads", "1", "--kv-cache-memory-bytes", str(KV_BLOCKS * BLOCK_BYTES),
-                 "--max-num-seqs", str(SEQUENCES), "--block-size", str(BLOCK)]  # fmt: skip
+                 "--max-num-seqs", str(SEQUENCES), "--block-size", str(BLOCK), "--kv-transport", transport]  # fmt: skip
         urls = {}
         for n in range(INSTANCES):  # one after the other: they start slowly side by side
             name = f"instance-{n}"
@@ -171,6 +171,11 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each trace")
     parser.add_argument("--rate", type=float, default=4.0, help="requests per second")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--kv-transport",
+        default="none",
+        help="with one, an instance fetches what another has, whatever the policy",
+    )
     parser.add_argument("--real", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--simulated", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--time-scale", type=float, default=1.0, help="of the simulator")
@@ -190,7 +195,7 @@ def main() -> int:
         "traces": {n: msgspec.to_builtins(t) for n, t in traces.items()},
     }
     if asked.real:
-        runs = record["real"] = real(traces, asked.repeats)
+        runs = record["real"] = real(traces, asked.repeats, asked.kv_transport)
         by_trace = {trace: rows_of(runs, trace) for trace in traces}
         lines += [
             f"## Real processes, {asked.repeats} runs each", "",
