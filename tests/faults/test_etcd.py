@@ -47,9 +47,7 @@ def test_etcd_is_away(made, router, away_s, wiped):
         made.modelled("d")
         router.until_serving("a", "c", "d", timeout_s=10)
         # the same data: the lease of the dead one lives again for as long as it was given for
-        until(
-            lambda: router.instances().keys() == {"a", "c", "d"}, "the dead one is gone", 10 if wiped else 14
-        )
+        until(lambda: router.instances().keys() == {"a", "c", "d"}, "the dead one is gone", 10)
         load.until_answered(8)
     load.check(4)
 

@@ -126,9 +126,7 @@ def test_shut_down_without_patience_what_runs_goes_elsewhere(made, router, quest
         "return_token_ids": True,
         "max_tokens": LONG,
     }
-    whole = httpx.post(f"{made.urls['a']}/v1/completions", json=body, timeout=60).json()["choices"][0][
-        "token_ids"
-    ]
+    whole = router.complete(**body).json()["choices"][0]["token_ids"]
     made.real("hasty", flags=("--shutdown-timeout", "0"))
     hasty = made.instances.pop("hasty")
     router.until_serving(*IDS, "hasty")

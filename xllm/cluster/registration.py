@@ -73,7 +73,7 @@ class Registration:
         info: InstanceInfo,
         load: Callable[[], LoadSummary],
         *,
-        ttl_s: int = 10,
+        ttl_s: int = 6,  # and etcd lets it live that long again when it has restarted
         load_s: float = 2.0,
         clock: Clock = monotonic,
     ):
