@@ -114,6 +114,7 @@ async def test_parted(parted, how):
     await asyncio.to_thread(at_load)
 
 
+@pytest.mark.slow
 async def test_swallowed_for_longer_than_a_connection_takes(parted):
     """New connections are made meanwhile, and what they begin with is lost too."""
     cable, router = parted.cable, parted.router
