@@ -249,6 +249,10 @@ def test_an_etcd_that_is_not_there_is_waited_for():
     ("flags", "sentence"),
     [
         (("--instance-id", "a"), "--instance-id is for an instance of a cluster: give --etcd URL too"),
+        (
+            ("--etcd", "http://127.0.0.1:1", "--enable-sleep-mode"),
+            "--enable-sleep-mode: other instances may be reading the KV memory that sleep gives back; add --kv-transport none",
+        ),
         (("--listen", "tcp://127.0.0.1:*"), "--listen is for an instance"),
         (("--advertise", "here"), "--advertise is for an instance"),
         (("--etcd", "127.0.0.1:2379"), "etcd"),

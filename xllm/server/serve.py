@@ -54,6 +54,10 @@ def run(namespace: argparse.Namespace) -> int:
 
     asked, options = from_namespace(EngineOptions, namespace), from_namespace(ServerOptions, namespace)
     cluster = read_join(namespace)
+    if cluster is not None and asked.enable_sleep_mode and cluster.kv_transport != "none":
+        raise ConfigError(
+            "--enable-sleep-mode: other instances may be reading the KV memory that sleep gives back; add --kv-transport none"
+        )
     set_up_logging(options.log_level)
     from xllm.server.console import Console
     from xllm.server.listen import listen
