@@ -36,6 +36,9 @@ def pair(
     ask: Ask, chosen: InstanceView, views: Iterable[InstanceView], index: KvIndex, moves: StepTimes
 ) -> Pairing | None:
     """Who helps `chosen` with `ask`; None where it does better alone. `moves`: tokens and seconds of transfers seen."""
+    helpers = [view for view in views if _can_help(view, chosen)]
+    if not helpers:
+        return None
     held = index.longest(ask.hashes)
     here = cached_tokens(ask, chosen, held.get(chosen.id, NOTHING))
     missing = ask.prompt_tokens - 1 - here
@@ -43,9 +46,7 @@ def pair(
         return None
     local_s = _local_s(chosen, missing)
     best: tuple[float, Pairing] | None = None
-    for view in views:
-        if not _can_help(view, chosen):
-            continue
+    for view in helpers:
         there = cached_tokens(ask, view, held.get(view.id, NOTHING))
         if view.role == "prefill":
             cost_s = _computed_s(view, ask.prompt_tokens - there, missing, moves, chosen)
