@@ -130,28 +130,9 @@ def _build(
 
     asynchronous = device_class(config.executor.device).asynchronous
     executor = Executor(build, depth=config.scheduler.depth, asynchronous=asynchronous)
-    cache, scheduler_config = config.cache, config.scheduler
+    scheduler_config = config.scheduler
     log = None if events is None else events.log
-    each = executor.blocks_per_segment
-    places = executor.places
-    pool = BlockPool(
-        cache.num_blocks,
-        cache.block_size,
-        cache.prefix_caching,
-        log,
-        mapped=each or None,
-        claimable=places is not None,
-    )
-    per_step = scheduler_config.max_num_batched_tokens // cache.block_size
-    elastic = (
-        Elastic(pool, each, RESERVE_SEGMENTS * each, reserve_in_use=(1 + scheduler_config.depth) * per_step)
-        if each
-        else None
-    )
-    ranges = None if places is None else Ranges(
-        pool, places.num_ranges, places.per_range, places.first_place, most_mapped=places.most_mapped,
-        ahead=min(AHEAD, cache.block_size // 2),
-    )  # fmt: skip
+    pool, elastic, ranges = _memory(config, executor, log)
     offload = _offload(config.tiers, log, executor)
     if events is not None:
         events.cached = {DEVICE: pool.index.names, **({} if offload is None else offload.told())}
@@ -167,6 +148,29 @@ def _build(
         scheduler, executor, inbox, admission, depth=scheduler_config.depth, events=events, peers=peers
     )
     return core, config
+
+
+def _memory(
+    config: EngineConfig, executor: Executor, log: EventLog | None
+) -> tuple[BlockPool, Elastic | None, Ranges | None]:
+    """Whose blocks are whose, and who decides which of them have memory, and at which addresses."""
+    cache, scheduling = config.cache, config.scheduler
+    each, places = executor.blocks_per_segment, executor.places
+    pool = BlockPool(
+        cache.num_blocks, cache.block_size, cache.prefix_caching, log, mapped=each or None,
+        claimable=places is not None,
+    )  # fmt: skip
+    elastic = ranges = None
+    if each:
+        per_step = scheduling.max_num_batched_tokens // cache.block_size
+        in_use = (1 + scheduling.depth) * per_step
+        elastic = Elastic(pool, each, RESERVE_SEGMENTS * each, reserve_in_use=in_use)
+    if places is not None:
+        ranges = Ranges(
+            pool, places.num_ranges, places.per_range, places.first_place, most_mapped=places.most_mapped,
+            ahead=min(AHEAD, cache.block_size // 2),
+        )  # fmt: skip
+    return pool, elastic, ranges
 
 
 def _offload(tiers: TierConfig | None, log: EventLog | None, executor: Executor) -> Offload | None:
