@@ -123,6 +123,8 @@ def test_what_cannot_be_is_refused():
             made(**wrong)
     with pytest.raises(ConfigError, match="leaves no ports"):
         ports(UpOptions(routers=2), ServerOptions(port=65535))
+    with pytest.raises(ConfigError, match="--enable-sleep-mode is for `xllm serve`"):
+        made(instances=2, enable_sleep_mode=True)
 
 
 def test_names_are_the_hosts_where_the_etcd_is_shared(monkeypatch):

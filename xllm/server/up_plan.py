@@ -140,6 +140,10 @@ def _check(options: UpOptions, engine: EngineOptions, server: ServerOptions) -> 
         raise ConfigError(
             "--kv-events-config names one endpoint, which several instances cannot share; use --instances 1"
         )
+    if engine.enable_sleep_mode:
+        raise ConfigError(
+            "--enable-sleep-mode is for `xllm serve`: instances read each other's KV memory, and a router has none to give back"
+        )
     if server.profiler_dir is not None:
         raise ConfigError("--profiler-dir is for `xllm serve`: a router has no device to trace")
 
