@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from xllm.executor.block_sums import BlockSums
@@ -31,8 +32,8 @@ def size(text: str) -> int:
 
 
 def contents(blocks: int, nbytes: int, device: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (blocks, nbytes), dtype=torch.uint8, generator=generator).to(device)
+    numbers = np.random.default_rng(1).integers(0, 1 << 63, blocks * nbytes // 8, dtype=np.uint64)
+    return torch.from_numpy(numbers.view(np.uint8)).view(blocks, nbytes).to(device)
 
 
 def give(asked: argparse.Namespace, blocks: int, nbytes: int) -> None:

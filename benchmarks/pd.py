@@ -22,8 +22,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks import pd_report
 from benchmarks.cluster_rig import Foreign, Rig, ask, healthy, serving
@@ -56,9 +57,10 @@ SCALE, SIMULATED_BURSTS = 4.0, 4
 
 
 class Pair:
-    """Two instances and a router over them, ready."""
+    """Two instances and a router over them, started."""
 
     def __init__(self, rig: Rig, asked: argparse.Namespace, setting: str, *flags: str):
+        self._rig = rig
         self.names = [f"{setting}-{n}" for n in range(2)]
         self.urls = list[str]()
         for n, role in enumerate(SETTINGS[setting]):
@@ -66,12 +68,18 @@ class Pair:
             with card(asked, n):
                 url, _ = rig.instance(self.names[n], asked.directory, *own, cluster=setting)
             self.urls.append(url)
-            rig.until(lambda url=url: healthy(url), self.names[n])  # type: ignore[misc]
-        router = f"{setting}-router"
-        self.router, _ = rig.router(router, asked.directory, cluster=setting)
-        rig.until(lambda: serving(self.router, 2), router)
+        self._router_name = f"{setting}-router"
+        self.router, _ = rig.router(self._router_name, asked.directory, cluster=setting)
         self.target = Target(self.router, asked.directory, asked.ids)
+        self._found: dict[str, Any] = {}
+
+    def ready(self) -> Self:
+        """Waits until all of it answers."""
+        for name, url in zip(self.names, self.urls, strict=True):
+            self._rig.until(partial(healthy, url), name)
+        self._rig.until(lambda: serving(self.router, 2), self._router_name)
         self._found = {one["id"]: one for one in ask(self.router, "/v1/instances")["data"]}
+        return self
 
     def peer(self) -> KvFrom:
         """The first instance, to get KV from."""
@@ -165,7 +173,7 @@ def blocks(asked: argparse.Namespace) -> list[dict[str, Any]]:
     tokens = max(asked.lengths)
     for size in asked.sizes:
         with Rig() as rig:
-            pair = Pair(rig, asked, "pd", "--block-size", str(size))
+            pair = Pair(rig, asked, "pd", "--block-size", str(size)).ready()
             there, own, peer = pair.direct(0), pair.direct(1), pair.peer()
             for repeat in range(asked.pairs + 2):  # the first ones connect
                 id = f"kv {size} {repeat}"
@@ -263,6 +271,8 @@ def main() -> int:
             with Rig() as rig:
                 settings = SETTINGS if "streams" in parts else ["pd"]
                 pairs = {setting: Pair(rig, asked, setting) for setting in settings}
+                for pair in pairs.values():
+                    pair.ready()
                 if "streams" in parts:
                     record["streams"] = streams(asked, pairs)
                 if "ttft" in parts:

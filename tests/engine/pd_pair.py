@@ -33,7 +33,7 @@ class Over(Sharing):
         super().__init__(**settings)
         object.__setattr__(self, "network", network)
 
-    def connect(self, memory, holes):
+    def connect(self, memory, mapped):
         return self.network.open(memory)  # type: ignore[attr-defined]
 
 

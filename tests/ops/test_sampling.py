@@ -1,6 +1,7 @@
 """The sampling operator: the reference against brute force, fast versions against both."""
 
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -233,3 +234,29 @@ def test_frequencies_are_the_probabilities(sample: Sample, kind: dict[str, Any])
     counts = torch.bincount(token_ids, minlength=600)
     assert counts[p == 0].sum() == 0
     assert exact.chi_square(counts.tolist(), (p / p.sum()).tolist()) < 5
+
+
+@pytest.mark.gpu
+def test_engines_that_sample_from_threads_of_their_own_do_not_meet() -> None:
+    """Its two kernels share memory: those of one thread came between those of another, and both got other tokens."""
+    if not is_available("cuda") or INTERPRETED:
+        pytest.skip("the fast operators of cuda cannot run on this machine")
+    operator: Sample = resolve(SAMPLE["cuda"])
+    wrong: list[int] = []
+
+    def engine(token: int) -> None:
+        given = SlotNumbers(
+            *(getattr(numbers(4, inv_temperature=0.0), name).cuda() for name in SlotNumbers.__slots__)
+        )
+        logits = torch.zeros(4, 2000, device="cuda")
+        logits[:, token] = 1.0
+        slots, positions = torch.arange(4).cuda(), torch.zeros(4, dtype=torch.int64).cuda()
+        found = [operator(logits, slots, positions, given)[0] for _ in range(2000)]
+        wrong.append(int((torch.stack(found) != token).sum()))
+
+    threads = [threading.Thread(target=engine, args=(token,)) for token in (5, 700, 1300, 1999)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [0, 0, 0, 0]

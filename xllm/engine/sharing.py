@@ -35,9 +35,9 @@ class Sharing:
     ) -> Peers:  # fmt: skip
         """`kv_cache` [places, ...], whose first places are the pool's blocks. ConfigError where KV cannot be shared."""
         memory = kv_cache[: config.cache.num_blocks]
-        holes = config.cache.pool == "elastic"
+        mapped = config.cache.pool != "paged"
         try:
-            transport = self.connect(memory, holes)
+            transport = self.connect(memory, mapped)
         except ValueError as e:
             raise ConfigError(f"--kv-transport {self.transport}: {e}") from e
         means = Means(
@@ -56,13 +56,13 @@ class Sharing:
             means,
             block_bytes=config.cache.block_bytes,
             give_up_s=self.give_up_s,
-            transport_name=spoken(self.transport, on_card=memory.is_cuda, holes=holes),
+            transport_name=spoken(self.transport, on_card=memory.is_cuda, mapped=mapped),
         )
 
-    def connect(self, memory: torch.Tensor, holes: bool) -> Transport:
+    def connect(self, memory: torch.Tensor, mapped: bool) -> Transport:
         """The way to peers' memory, and theirs to ours."""
         return open_transport(
-            self.transport, memory, token=self.token, listen=self.listen, advertise=self.advertise, holes=holes
+            self.transport, memory, token=self.token, listen=self.listen, advertise=self.advertise, mapped=mapped
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from xllm.executor.transports.base import Blocks
 
 WORD_BYTES = 4
 ROW_WORDS = 4096
-SCRATCH_WORDS = 4 << 20  # looked at together; 12 bytes of the card for each, taken once
+SCRATCH_WORDS = 4 << 20  # that the host looks at together
 _SEED = 0x78_4C_4C_4D
 _MASK = (1 << 64) - 1
 
@@ -25,7 +25,7 @@ class BlockSums:
     """Belongs to one thread. What wrote the blocks has run."""
 
     def __init__(self, memory: torch.Tensor):
-        """As `Blocks`. On a card it takes 48 MiB and a little, and has a stream of its own."""
+        """As `Blocks`. On a card it has a stream of its own."""
         self._blocks = Blocks(memory)
         self._words = WordSums(self._blocks.memory_NB) if self._blocks.on_card else None
 
@@ -55,39 +55,46 @@ class WordSums:
         self._rows_R = _numbers(words // width, 1, device)
         self._columns_W = _numbers(width, 2, device)
         self._empty = _mix(words ^ _SEED)
-        # of small blocks some at a time, of large ones some rows
-        self._group = max(1, SCRATCH_WORDS // words)
-        self._rows_at_once = max(1, min(words // width, SCRATCH_WORDS // width))
-        scratch = self._group * self._rows_at_once * width
-        self._gathered = torch.empty(scratch, dtype=torch.int32, device=device)
-        self._products = torch.empty(scratch, dtype=torch.int64, device=device)
-        self._stream = torch.cuda.Stream(device) if memory_NB.is_cuda else None
+        self._stream = None
+        if memory_NB.is_cuda:
+            self._stream = torch.cuda.Stream(device)
+            self._warm_up()
 
     def sums(self, numbers: Sequence[int]) -> list[int]:
         if not numbers:
             return []
         numbers_N = torch.tensor(numbers)
         with torch.inference_mode(), torch.cuda.stream(self._stream):  # None: no stream at all
-            if self._stream is not None:
-                numbers_N = numbers_N.pin_memory().to(self._words_NRW.device, non_blocking=True)
-            parts = [
-                self._group_sums(numbers_N[begin : begin + self._group])
-                for begin in range(0, len(numbers), self._group)
-            ]
-            return [(total + self._empty) & _MASK for total in torch.cat(parts).tolist()]
+            if self._stream is None:
+                total_N = self._on_the_host(numbers_N)
+            else:
+                at = numbers_N.pin_memory().to(self._words_NRW.device, non_blocking=True)
+                total_N = self._on_the_card(self._words_NRW, at)
+            return [(total + self._empty) & _MASK for total in total_N.tolist()]
 
-    def _group_sums(self, numbers_N: torch.Tensor) -> torch.Tensor:
-        """int64 [N]"""
+    def _on_the_card(self, words_NRW: torch.Tensor, numbers_N: torch.Tensor) -> torch.Tensor:
+        from xllm.ops.cuda.word_sums import word_sums  # wants Triton
+
+        return word_sums(words_NRW, numbers_N, self._rows_R, self._columns_W)
+
+    def _warm_up(self) -> None:
+        """Compiles, over memory that is surely there."""
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            block_1RW = torch.zeros_like(self._words_NRW[:1])
+            self._on_the_card(block_1RW, torch.zeros(1, dtype=torch.int64, device=block_1RW.device)).tolist()
+
+    def _on_the_host(self, numbers_N: torch.Tensor) -> torch.Tensor:
+        """int64 [N]; of small blocks some at a time, of large ones some rows."""
+        _, rows, width = self._words_NRW.shape
+        group = max(1, SCRATCH_WORDS // (rows * width))
+        rows_at_once = max(1, min(rows, SCRATCH_WORDS // width))
         total_N = torch.zeros_like(numbers_N)
-        count, (_, rows, width) = numbers_N.numel(), self._words_NRW.shape
-        for first in range(0, rows, self._rows_at_once):
-            some = slice(first, min(first + self._rows_at_once, rows))
-            shape = (count, some.stop - first, width)
-            used = count * shape[1] * width
-            words_NRW, products_NRW = self._gathered[:used].view(shape), self._products[:used].view(shape)
-            torch.index_select(self._words_NRW[:, some], 0, numbers_N, out=words_NRW)
-            torch.mul(words_NRW, self._columns_W, out=products_NRW)
-            total_N += (products_NRW.sum(2) * self._rows_R[some]).sum(1)
+        for begin in range(0, numbers_N.numel(), group):
+            some_N = slice(begin, begin + group)
+            for first in range(0, rows, rows_at_once):
+                some_R = slice(first, first + rows_at_once)
+                products_NRW = self._words_NRW[numbers_N[some_N], some_R] * self._columns_W
+                total_N[some_N] += (products_NRW.sum(2) * self._rows_R[some_R]).sum(1)
         return total_N
 
 

@@ -32,6 +32,7 @@ from xllm.models.loader import load_model
 from xllm.ops.table import Ops, load_ops
 
 OnLoading = Callable[[str, int, int], None]  # what, done, total (bytes)
+MOVERS = 2  # threads of each kind between tiers
 CAPTURE_S = (
     3.0  # for graphs before the first request; the rest are captured when there is time, or on first use
 )
@@ -143,9 +144,10 @@ def _mover(config: EngineConfig, tiers: TierConfig, device: Device, runner: Runn
             if disk is not None:
                 disk.close()
             raise
-    if runner.memory is None:
-        return Mover(device, runner.kv_cache, host, disk, remote)
-    return Mover(device, runner.kv_cache, host, disk, remote, ready=runner.memory.range.follow)
+    ready = (lambda: None) if runner.memory is None else runner.memory.range.follow
+    # where steps are computed elsewhere, checksums may have half the cores: two read memory slower than a card copies it
+    workers = max(MOVERS, config.executor.threads // 2) if device.asynchronous else MOVERS
+    return Mover(device, runner.kv_cache, host, disk, remote, workers=workers, ready=ready)
 
 
 def _warm_up(runner: Runner) -> None:

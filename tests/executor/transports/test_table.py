@@ -18,7 +18,7 @@ def test_auto_is_tcp_on_a_cpu():
 
 
 @pytest.mark.parametrize(
-    ("on_card", "holes", "installed", "expected"),
+    ("on_card", "mapped", "installed", "expected"),
     [
         (True, False, True, "nixl"),
         (True, False, False, "tcp"),
@@ -26,10 +26,10 @@ def test_auto_is_tcp_on_a_cpu():
         (False, False, True, "tcp"),
     ],
 )
-def test_auto_is_nixl_where_it_is_of_use(monkeypatch, on_card, holes, installed, expected):
+def test_auto_is_nixl_where_it_is_of_use(monkeypatch, on_card, mapped, installed, expected):
     monkeypatch.setattr(table, "nixl_module", lambda: "nixl_cu13" if installed else None)
-    assert chosen(on_card=on_card, holes=holes) == expected
-    assert spoken("auto", on_card=on_card, holes=holes) == expected
+    assert chosen(on_card=on_card, mapped=mapped) == expected
+    assert spoken("auto", on_card=on_card, mapped=mapped) == expected
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_auto_is_nixl_where_it_is_of_use(monkeypatch, on_card, holes, installed,
     [("tcp", "tcp"), ("nixl", "nixl"), ("faulty", "tcp"), ("faulty:nixl?drop=0.1&seed=3", "nixl"), ("faulty:?break=1", "tcp")],
 )  # fmt: skip
 def test_who_has_faults_speaks_what_others_do(name, expected):
-    assert spoken(name, on_card=False, holes=False) == expected
+    assert spoken(name, on_card=False, mapped=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_nixl_that_is_not_installed_is_refused_with_a_sentence(monkeypatch):
         open_transport("nixl", MEMORY)
 
 
-def test_nixl_does_not_take_a_cards_memory_that_comes_and_goes():
+def test_nixl_does_not_take_a_cards_memory_that_is_mapped_piece_by_piece():
     blocks = Blocks(MEMORY)
     blocks.on_card = True
-    with pytest.raises(ConfigError, match="needs memory that stays"):
-        open_blocks("nixl", blocks, Settings(holes=True))
+    with pytest.raises(ConfigError, match="needs memory of one piece"):
+        open_blocks("nixl", blocks, Settings(mapped=True))
 
 
 @needs_nixl

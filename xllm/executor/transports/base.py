@@ -79,7 +79,7 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     listen: str = "127.0.0.1"
     advertise: str | None = None
-    holes: bool = False
+    mapped: bool = False
 
 
 class Description(msgspec.Struct, frozen=True, array_like=True):

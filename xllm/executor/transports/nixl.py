@@ -55,9 +55,9 @@ class NixlTransport:
 
     def __init__(self, blocks: Blocks, settings: Settings):
         """ConfigError where NIXL is not installed, or cannot use this memory."""
-        if settings.holes and blocks.on_card:
+        if settings.mapped and blocks.on_card:
             raise ConfigError(
-                "--kv-transport nixl needs memory that stays, and that of this KV pool comes and goes; "
+                "--kv-transport nixl needs memory of one piece, and that of this KV pool is mapped piece by piece; "
                 "take --kv-pool paged or --kv-transport tcp"
             )
         self._api = load()

@@ -26,22 +26,23 @@ class _Opens(Protocol):
 
 def open_transport(
     name: str, memory: torch.Tensor, *, token: str | None = None, listen: str = "127.0.0.1",
-    advertise: str | None = None, holes: bool = False,
+    advertise: str | None = None, mapped: bool = False,
 ) -> Transport:  # fmt: skip
     """A transport over the KV cache `memory` [blocks, ...], of which each block is contiguous.
 
     `name` is one of `TRANSPORTS`, "auto", or "faulty:..." as that one's file says. Where peers come over a network of
     ours they must know the `token` (None: whoever can connect may read KV), and find us at `advertise` (`listen` where that is
-    None). `holes`: not all of the memory is always there. ConfigError with a sentence where it cannot be.
+    None). `mapped`: the memory consists of pieces that are mapped, and not all of it need be there. ConfigError with a sentence
+    where it cannot be.
     """
     kind, _, detail = name.partition(":")
-    return open_blocks(kind, Blocks(memory), Settings(detail, token, listen, advertise, holes))
+    return open_blocks(kind, Blocks(memory), Settings(detail, token, listen, advertise, mapped))
 
 
 def open_blocks(kind: str, blocks: Blocks, settings: Settings) -> Transport:
     """The same without the settings behind the name."""
     if kind == AUTO:
-        kind = chosen(on_card=blocks.on_card, holes=settings.holes)
+        kind = chosen(on_card=blocks.on_card, mapped=settings.mapped)
     if kind not in TRANSPORTS:
         raise ConfigError(
             f"--kv-transport {kind}: there is no such transport; there are {AUTO}, {', '.join(names())}"
@@ -59,17 +60,17 @@ def names() -> list[str]:
     return [name for name in TRANSPORTS if name not in ("local", "faulty")]
 
 
-def chosen(*, on_card: bool, holes: bool) -> str:
+def chosen(*, on_card: bool, mapped: bool) -> str:
     """What `auto` is: NIXL where it is installed and can read a card's memory, else TCP."""
-    return "nixl" if on_card and not holes and nixl_module() is not None else "tcp"
+    return "nixl" if on_card and not mapped and nixl_module() is not None else "tcp"
 
 
-def spoken(name: str, *, on_card: bool, holes: bool) -> str:
+def spoken(name: str, *, on_card: bool, mapped: bool) -> str:
     """What a transport is told by to others: only those that speak the same can read each other."""
     kind, _, detail = name.partition(":")
     if kind == "faulty":
         kind = detail.partition("?")[0] or "tcp"
-    return chosen(on_card=on_card, holes=holes) if kind == AUTO else kind
+    return chosen(on_card=on_card, mapped=mapped) if kind == AUTO else kind
 
 
 def nixl_module(found: Callable[[str], object] = find_spec) -> str | None:

@@ -8,6 +8,7 @@ Legend: R rows, V tokens of the vocabulary, S slots, L tokens of the longest seq
 two, some empty), C tokens of a chunk, M chunks of a tile, K candidates, J candidates compared at once.
 """
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,9 @@ class Scratch:
 
 
 _scratch: dict[tuple[torch.device, int], Scratch] = {}  # by device and N; everything runs on one stream
+_launching = (
+    threading.Lock()
+)  # engines of one process launch from threads of their own: a pair must stay together
 _outgrown: list[Scratch] = []  # graphs that were captured with them may still run
 
 
@@ -228,24 +232,25 @@ def sample(
     rows, vocab = logits_RV.shape
     chunks = programs_for(vocab, CHUNK)
     N = max(padded(chunks), SURVEYED)
-    room = scratch(logits_RV.device, max(rows, len(numbers.starts)), N)
     token_ids_R, usable_R = _results(rows, logits_RV.device)
     pdl = uses_pdl()
     stride = logits_RV.stride(0)
-    launch(
-        _survey, (programs_for(chunks, SURVEYED), rows),
-        logits_RV, stride, vocab, slots_R, numbers.inv_temperature, numbers.top_k, room.maxima_RN, room.masses_RN,
-        N=N, M=SURVEYED, C=CHUNK, PDL=pdl, num_warps=SURVEY_WARPS, launch_pdl=pdl,
-    )  # fmt: skip
-    launch(
-        _choose, (rows,),
-        logits_RV, stride, vocab, slots_R, positions_R,
-        numbers.starts, numbers.inv_temperature, numbers.min_p, numbers.top_p, numbers.top_k,
-        room.maxima_RN, room.masses_RN, room.list_RN, room.groups_RK, room.values_RK, room.ids_RK, token_ids_R, usable_R,
-        token_ids_R if feed_SL is None else feed_SL, 0 if feed_SL is None else feed_SL.stride(0),
-        int(advance),
-        SHIFT=16 if logits_RV.dtype == torch.bfloat16 else 0,
-        N=N, B=BROAD, M=TILE, C=CHUNK, K=CANDIDATES, G=GROUPS, J=COMPARED, PDL=pdl,
-        num_warps=CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, launch_pdl=pdl,
-    )  # fmt: skip
+    with _launching:
+        room = scratch(logits_RV.device, max(rows, len(numbers.starts)), N)
+        launch(
+            _survey, (programs_for(chunks, SURVEYED), rows),
+            logits_RV, stride, vocab, slots_R, numbers.inv_temperature, numbers.top_k, room.maxima_RN, room.masses_RN,
+            N=N, M=SURVEYED, C=CHUNK, PDL=pdl, num_warps=SURVEY_WARPS, launch_pdl=pdl,
+        )  # fmt: skip
+        launch(
+            _choose, (rows,),
+            logits_RV, stride, vocab, slots_R, positions_R,
+            numbers.starts, numbers.inv_temperature, numbers.min_p, numbers.top_p, numbers.top_k,
+            room.maxima_RN, room.masses_RN, room.list_RN, room.groups_RK, room.values_RK, room.ids_RK, token_ids_R, usable_R,
+            token_ids_R if feed_SL is None else feed_SL, 0 if feed_SL is None else feed_SL.stride(0),
+            int(advance),
+            SHIFT=16 if logits_RV.dtype == torch.bfloat16 else 0,
+            N=N, B=BROAD, M=TILE, C=CHUNK, K=CANDIDATES, G=GROUPS, J=COMPARED, PDL=pdl,
+            num_warps=CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, launch_pdl=pdl,
+        )  # fmt: skip
     return token_ids_R, usable_R
