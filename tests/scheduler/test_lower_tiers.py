@@ -9,6 +9,7 @@ from tests.scheduler.test_random_loads import Load, arrivals, bursts, limits, na
 from tests.state_machines import explore
 from xllm.core.output import Finish
 from xllm.core.transfer import Look
+from xllm.kv.events import DEVICE, HOST
 from xllm.kv.tiers.cost import Blocks
 from xllm.kv.tiers.store import HELD_S
 
@@ -35,6 +36,16 @@ def test_a_prefix_that_the_device_forgot_comes_back():
     assert r.offload.stats[0].hits - loaded == 6
     assert r.added["second"].num_cached_tokens == 24
     r.check_outputs()
+
+
+def test_who_follows_knows_what_lower_tiers_keep_while_the_device_sleeps():
+    """Followers were told that everything had gone."""
+    r = rig(recorded=True)
+    r.run(request("first", LONG, 2))
+    r.scheduler.forget_device()
+    r.check()
+    assert r.mirror.names[DEVICE] == set()
+    assert len(r.mirror.names[HOST]) >= 6
 
 
 def test_others_run_while_one_waits_for_its_prefix():

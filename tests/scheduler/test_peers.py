@@ -48,7 +48,7 @@ def test_what_lies_in_a_lower_tier_is_not_asked_of_a_peer():
     r = rig(host_slots=64)
     r.run(request("before", LONG, 2))
     r.pool.reset_cache()
-    r.offload.cost.choose = lambda ways, _: 0 if ways else -1
+    r.offload.cost.choose = lambda ways, block_size: 0 if ways else -1
     one = fetching(r, prompt=[*LONG, 5, 6, 7, 8, 9])
     r.drain().check_outputs()
     assert (one.num_cached_tokens, one.fetched_tokens) == (28, 4)
@@ -201,6 +201,49 @@ def test_who_is_only_asked_for_what_is_there_computes_nothing():
     r.drain()
 
 
+def in_host_memory(r):
+    """LONG, and nothing of it on the device."""
+    r.run(request("before", LONG, 2))
+    r.scheduler.forget_device()
+    r.offload.cost.choose = lambda ways, block_size: 0 if ways else -1
+
+
+def test_what_lies_in_a_lower_tier_comes_up_for_a_peer():
+    r = rig(host_slots=64)
+    in_host_memory(r)
+    r.provide("asked", LONG, 2, compute=False)
+    assert r.offered["asked"] == []
+    serve(r)
+    assert r.ended["asked"] == (4, None)
+    assert r.offload.stats[0].hits == 6
+    r.drain()
+
+
+def test_a_peer_gets_less_where_less_came_up():
+    r = rig(host_slots=64)
+    in_host_memory(r)
+    r.provide("asked", LONG, 0, compute=False)
+    ((_, load),) = r.scheduler.lower._fetches.items()
+    load.trusted = False
+    serve(r)
+    assert r.ended["asked"] == (0, None)
+    r.drain()
+
+
+def test_a_peer_that_goes_does_not_wait_for_what_comes_up():
+    r = rig(host_slots=64)
+    in_host_memory(r)
+    r.provide("asked", LONG, 0, compute=False)
+    r.scheduler.provisions.end("asked", "it is gone")
+    r.provider_turn()
+    assert r.ended["asked"] == (0, "it is gone")
+    r.drain()
+    r.add(request("after", [*LONG, 5], 2))
+    r.plan()
+    assert r.added["after"].num_cached_tokens == 24, "it has come for whoever wants it"
+    r.drain().check_outputs()
+
+
 def test_a_peer_that_goes_leaves_nothing():
     r = rig(long_prefill_token_threshold=4)
     r.provide("asked", LONG, 0)
@@ -258,7 +301,7 @@ class PeerLoad(Load):
     rig: PeerRig
 
     @initialize(
-        limits=limits, names=names, burst=bursts, scarce=st.booleans(), host=st.sampled_from([0, 0, 5]),
+        limits=limits, names=names, burst=bursts, scarce=st.booleans(), host=st.sampled_from([0, 0, 5, 20]),
         recorded=st.booleans(), trouble=st.sampled_from([0, 0, 3, 7]), pool=st.sampled_from(["", "", "elastic", "ranges"]),
     )  # fmt: skip
     def start(self, limits, names, burst, scarce, host, recorded, trouble, pool):
@@ -279,6 +322,8 @@ class PeerLoad(Load):
         self.rig = PeerRig(max_model_len=MODEL_LEN, burst=burst, recorded=recorded, **limits, **names)
         asked = iter(range(1, 10**9))
         self.rig.fails = lambda: bool(trouble) and next(asked) % trouble == 0
+        if (offload := self.rig.offload) is not None:
+            offload.cost.choose = lambda ways, block_size: 0 if ways else -1  # type: ignore[method-assign]
 
     @rule(arrival=arrivals, more=st.integers(0, 12))
     def arrive_with_a_peer(self, arrival, more):
@@ -317,6 +362,17 @@ class PeerLoad(Load):
         ids = self.rig.scheduler.provisions.waiting_for_peers
         self.rig.scheduler.provisions.taken(ids[which % len(ids)], upto)
         self.rig.provider_turn()
+
+    @precondition(lambda self: self.rig.offload and self.rig.offload.host.stored)
+    @rule(which=st.integers(0, 9), first=st.integers(0, 2))
+    def a_peer_asks_for_what_only_lower_tiers_remember(self, which, first):
+        rig = self.rig
+        if not rig.scheduler.num_running:
+            rig.scheduler.forget_device()
+        one = list(rig.added.values())[which % len(rig.added)]
+        if whole := len(one.prompt_token_ids) // 4:
+            prompt = list(one.prompt_token_ids)
+            rig.provide(f"p{len(rig.asked)}", prompt, min(first, whole - 1), False, one.cache_salt)
 
     @precondition(lambda self: self.rig.asked)
     @rule(which=st.integers(0, 99))

@@ -104,14 +104,18 @@ class PrefixIndex:
         del self._shelf[block]
         self.remove(block)
 
-    def clear(self) -> list[int]:
-        """Forget every name. Returns the blocks that were on the shelf, oldest first."""
-        shelved = list(self._shelf)
+    def clear(self, *, everywhere: bool = True) -> list[int]:
+        """Forget every name. Returns the blocks that were on the shelf, oldest first. `everywhere`: listeners are told that
+        lower tiers have nothing either."""
+        shelved, names = list(self._shelf), list(self._block_of)
         self._shelf.clear()
         self._block_of.clear()
         self._name_of = [None] * len(self._name_of)
         if self._events is not None:
-            self._events.cleared()
+            if everywhere:
+                self._events.cleared()
+            for name in () if everywhere else names:
+                self._events.removed(name, DEVICE)
         return shelved
 
     def audit(self) -> None:

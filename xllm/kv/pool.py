@@ -250,9 +250,9 @@ class BlockPool:
         self.queried_tokens += queried
         self.hit_tokens += hit
 
-    def reset_cache(self) -> None:
-        """Forget all names. Held blocks stay held and become free, not reusable, in the end."""
-        for block in reversed(self.index.clear()):
+    def reset_cache(self, *, everywhere: bool = True) -> None:
+        """Forget all names. Held blocks stay held and become free, not reusable, in the end. `everywhere`: so do lower tiers."""
+        for block in reversed(self.index.clear(everywhere=everywhere)):
             self._free.put(block)
 
     # blocks that come and go

@@ -100,6 +100,18 @@ class Entrance:
         self.waiting.pop()
         return True
 
+    def bring_up(self, request: Request, hits: Sequence[int]) -> int:
+        """For a peer: how many blocks behind `hits` are on their way up from a lower tier now, or fewer. `request` has their
+        names and does not run; `LowerTiers.brought` has it once they have come."""
+        count = self._lower.wanted(request, len(hits), len(request.block_hashes))
+        origins = self._tables.origins(request, len(hits), count)
+        if not count or not self._admission(self._demand(request, hits)):
+            count = 0
+        if not count or not self._lower.fetch(request, hits, count, origins, errand=True):
+            self._lower.settle(request)
+            return 0
+        return count
+
     def _fetch_over(self, request: Request, hits: Sequence[int]) -> bool:
         peers, tables = self._peers, self._tables
         first, end = len(hits), tables.limit(request)

@@ -28,6 +28,7 @@ class _Fetch:
     names: Sequence[bytes]
     origins: Sequence[Origin | None]
     trusted: bool = True  # False: the cache was forgotten meanwhile
+    errand: bool = False  # nobody stands aside: a peer is to have it
 
 
 @dataclass(slots=True)
@@ -47,6 +48,7 @@ class LowerTiers:
         self._pool = pool
         self._fetches: dict[int, _Fetch] = {}
         self._questions: dict[int, _Question] = {}
+        self._brought: list[Request] = []  # errands that have ended
         self._saving = 0  # blocks held for that
         self._begun = self._done = 0  # steps: the last submitted, the last whose result was taken in
         self._asked: set[str] = set()  # requests that have fetched, or need not, since they last ran
@@ -108,8 +110,9 @@ class LowerTiers:
             self._asked.add(request.id)
         return count
 
-    def fetch(self, request: Request, cached: Sequence[int], count: int, origins: Sequence[Origin | None]) -> bool:  # fmt: skip
-        """Start; the caller has seen to it that so many blocks are available. False where it could not be."""
+    def fetch(self, request: Request, cached: Sequence[int], count: int, origins: Sequence[Origin | None], errand: bool = False) -> bool:  # fmt: skip
+        """Start; the caller has seen to it that so many blocks are available. False where it could not be. The request stands
+        aside, but for an `errand`: that is in `brought` at last."""
         self._asked.add(request.id)
         pool, first = self._pool, len(cached)
         pool.share(cached)
@@ -124,9 +127,17 @@ class LowerTiers:
         if not covered:
             pool.release(cached)
             return False
-        self._fetches[ticket] = _Fetch(request, cached, blocks[:covered], names[:covered], origins[:covered])
-        request.phase = Phase.FETCHING
+        self._fetches[ticket] = _Fetch(
+            request, cached, blocks[:covered], names[:covered], origins[:covered], errand=errand
+        )
+        if not errand:
+            request.phase = Phase.FETCHING
         return True
+
+    def brought(self) -> list[Request]:
+        """Errands that have ended since the last call: what came is in the prefix cache."""
+        brought, self._brought = self._brought, []
+        return brought
 
     def settle(self, request: Request) -> None:
         """It runs, or ended: should it ever wait again, it may ask and fetch again."""
@@ -167,6 +178,9 @@ class LowerTiers:
             for block, name, origin in zip(fetch.fetched[:count], fetch.names, fetch.origins, strict=False):
                 self._pool.publish(block, name, origin)
         self._pool.release([*fetch.cached, *fetch.fetched])
+        if fetch.errand:
+            self._asked.discard(fetch.request.id)
+            self._brought.append(fetch.request)
         return _waiting_again([fetch.request])
 
     def used(self, request: Request) -> None:

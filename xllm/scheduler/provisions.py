@@ -2,7 +2,7 @@
 it stays.
 
 A provision is of neighbouring blocks of one prompt. What is cached of them is held as it is found, what is not is computed by
-an ordinary request whose one token nobody sees. A block is *offered* once the step that filled it has ended well, and held
+an ordinary request whose one token nobody sees, or, where the peer wants no more than what is there, comes up from a lower tier. A block is *offered* once the step that filled it has ended well, and held
 until it was taken or the provision has ended. Whoever reads it checks what arrived, so that nothing here has to wait for a
 reader that is gone.
 """
@@ -28,6 +28,7 @@ class Provision:
     first: int  # in the prompt; everything below counts from there
     total: int
     sure_after: int  # the step by which what was cached at first is written
+    coming: Request | None = None  # for which more comes up from a lower tier; then `total` is a hope
     held: list[int] = field(default_factory=list)  # blocks, those that were taken included
     found: int = 0  # so many of them were somebody else's making
     incarnation: int = -1  # of the request
@@ -64,11 +65,24 @@ class Provisions:
     def waiting_for_peers(self) -> list[str]:
         return [one.id for one in self._all.values() if one.waits_for_peer]
 
-    def begin(self, id: str, request: Request | None, names: Sequence[bytes], first: int, total: int, found: Sequence[int], sure_after: int) -> None:  # fmt: skip
+    def begin(
+        self, id: str, request: Request | None, names: Sequence[bytes], first: int, total: int, found: Sequence[int], sure_after: int,
+        coming: Request | None = None,
+    ) -> None:  # fmt: skip
         """`found` are the cached ones among its blocks, from the front; they are written once step `sure_after` has ended."""
-        one = self._all[id] = Provision(id, request, names, first, total, sure_after)
+        one = self._all[id] = Provision(id, request, names, first, total, sure_after, coming)
         if self._hold(one, found):
             one.found = len(found)
+            self._finish(one)
+
+    def brought(self, request: Request, cached: Sequence[int]) -> None:
+        """What was to come up from a lower tier for it has, or as much as could be; its prompt has these blocks now."""
+        one = self._all.get(request.id)
+        if one is None or one.over or one.coming is not request:
+            return
+        one.coming = None
+        if self._hold(one, cached[one.first + len(one.held) : one.first + one.total]):
+            one.found = one.total = len(one.held)
             self._finish(one)
 
     # steps

@@ -136,7 +136,7 @@ class Scheduler:
 
     def forget_device(self) -> None:
         """Nothing runs, and the device's memory goes away; tiers below it keep what they have."""
-        self.pool.reset_cache()
+        self.pool.reset_cache(everywhere=False)
         if self.ranges is not None:
             self.ranges.forget(unmapped=True)
 
@@ -223,6 +223,10 @@ class Scheduler:
         """What became of the orders of `lower`. Requests whose KV has come wait in the queue again."""
         for request in self.lower.take(news):
             self._entrance.waiting.push(request)
+        for request in self.lower.brought():
+            self.provisions.brought(request, self.pool.match(request.block_hashes))
+            if not self._in_flight:
+                self.provisions.confirm(self._step)
 
     def take_fetched(self, news: Sequence[Fetched]) -> None:
         """The same of the orders of `peers`."""
@@ -234,13 +238,19 @@ class Scheduler:
         may end at any time. The prompt is whole blocks. True where the request is to compute them: whoever ends the provision
         aborts it. `InvalidRequest` where it can never be computed here."""
         names = self._tables.names(request)
-        found = self.pool.match(names)[first:]
+        cached = self.pool.match(names)
+        found = cached[first:]
         computes = compute and len(found) < len(names) - first
         if computes and self.add(request) is not None:
             raise InvalidRequest("a provision has no output")
+        coming = (
+            0
+            if computes
+            else max(0, len(cached) + self._entrance.bring_up(request, cached) - first) - len(found)
+        )
         self.provisions.begin(
-            request.id, request if computes else None, names, first,
-            len(names) - first if computes else len(found), found, self._in_flight[-1].plan.step if self._in_flight else 0,
+            request.id, request if computes else None, names, first, len(names) - first if computes else len(found) + coming,
+            found, self._in_flight[-1].plan.step if self._in_flight else 0, coming=request if coming else None,
         )  # fmt: skip
         if not self._in_flight:
             self.provisions.confirm(self._step)
