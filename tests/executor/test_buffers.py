@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -161,3 +163,18 @@ def test_the_device_knows_what_the_host_knows(data):
         assert b.block_table[slot, : len(blocks)].tolist() == blocks
         assert b.tables_of(np.array([slot]))[0, : len(blocks)].tolist() == blocks
     assert b.block_table[b.spare_slot, 0] == SPARE_BLOCK
+
+
+def test_few_queries_behind_a_long_context_share_its_keys():
+    b = buffers(length=4000)
+    b.ops = replace(b.ops, query_tile=128)
+    b.admit(plan(new=[sequence(s, [0] * 3500, list(range(s * 500, s * 500 + 438))) for s in range(2)]))
+    step = plan(slots=[1, 0], starts=[100, 2960], counts=[1, 40])
+    attention = b.forward(step, KV, rows(0, 40)).attention
+    assert attention.num_decodes == 1
+    assert attention.tiles.tolist() == [[1, 32]] * 5 + [[1, 0]] * 5
+    assert attention.parts.tolist() == [[part, 5] for part in range(5)] * 2
+    for counts, starts in (((1, 40), (100, 200)), ((1, 300), (100, 2960)), ((1, 1), (100, 2960))):
+        attention = b.forward(plan(slots=[1, 0], starts=starts, counts=counts), KV, rows(0)).attention
+        assert attention.parts is None
+        assert attention.tiles.shape[0] == -(-(counts[1] - 1) // 128)

@@ -1,13 +1,22 @@
 """A step that fills a graph computes what the same step computes alone; the rest of the graph is the spare slot's."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.executor.test_buffers import KV, SPARE_BLOCK, buffers, plan, sequence
-from xllm.executor.chunk_graphs import LONGEST_CONTEXT, SEQUENCES, SIZES, ChunkGraphs
+from xllm.executor.chunk_graphs import (
+    LONGEST_CONTEXT,
+    SEQUENCES,
+    SEQUENCES_UNSPLIT,
+    SIZES,
+    ChunkGraphs,
+    most_sequences,
+)
 from xllm.executor.graphs import GraphTable
+from xllm.ops.attention import SPLIT_KEYS, SPLIT_TILE, SPLIT_TOKENS
 
 LENGTH = 200
 
@@ -20,8 +29,8 @@ class Seen:
         return (slots * 1000 + positions,)
 
 
-def make(tile=0, enabled=True):
-    b = buffers(seqs=20, length=LENGTH, device="reference")
+def make(tile=0, enabled=True, length=LENGTH):
+    b = buffers(seqs=80, length=length, device="reference")
     b.ops = type(b.ops)(
         **{name: getattr(b.ops, name) for name in b.ops.__slots__ if name != "query_tile"}, query_tile=tile
     )
@@ -32,10 +41,12 @@ def make(tile=0, enabled=True):
 @given(data=st.data(), tile=st.sampled_from([0, 16, 64]))
 @settings(max_examples=80)
 def test_real_rows_are_those_of_the_step_alone(data, tile):
-    b, graphs, seen = make(tile)
+    b, graphs, seen = make(tile, length=4000)
     count = data.draw(st.integers(1, 6))
-    starts = data.draw(st.lists(st.integers(0, 60), min_size=count, max_size=count))
+    before = st.one_of(st.integers(0, 60), st.integers(0, 60), st.integers(0, 3000))
+    starts = data.draw(st.lists(before, min_size=count, max_size=count))
     counts = data.draw(st.lists(st.integers(1, 30), min_size=count, max_size=count))
+    counts[0] += data.draw(st.sampled_from([0, 0, 200, 300]))
     samples = data.draw(st.lists(st.booleans(), min_size=count, max_size=count))
     fresh = iter(range(SPARE_BLOCK + 1, 10_000))
     new = [
@@ -71,24 +82,65 @@ def test_real_rows_are_those_of_the_step_alone(data, tile):
     assert int(inputs.query_starts[-1]) == len(fwd.token_ids)
     assert (inputs.block_table[count:] == SPARE_BLOCK).all()
     if tile:
-        lens = inputs.query_starts.diff()
-        covered = {
-            (s, first + i) for s, first in inputs.tiles.tolist() for i in range(tile) if first + i < lens[s]
-        }
-        assert covered == {(s, i) for s, n in enumerate(lens.tolist()) for i in range(n)}
+        check_tiles(inputs, tile, len(fwd.token_ids))
+
+
+def check_tiles(inputs, tile, size):
+    """Every query is in one tile, and every tile that is cut comes in all its parts."""
+    lens = inputs.query_starts.diff().tolist()
+    tiles = [tuple(pair) for pair in inputs.tiles.tolist()]
+    if size > SPLIT_TOKENS:
+        assert inputs.parts is None
+    else:
+        tile = SPLIT_TILE
+        parts = [tuple(pair) for pair in inputs.parts.tolist()]
+        assert len(parts) == len(tiles)
+        for i, (part, count) in enumerate(parts):
+            first = i - part
+            assert parts[first : first + count] == [(j, count) for j in range(count)]
+            assert tiles[i] == tiles[first]
+            assert count == 1 or inputs.context_lens[tiles[i][0]] >= count * SPLIT_KEYS
+        tiles = [pair for pair, (part, _) in zip(tiles, parts, strict=True) if part == 0]
+    covered = [(s, first + i) for s, first in tiles for i in range(tile) if first + i < lens[s]]
+    assert sorted(covered) == [(s, i) for s, n in enumerate(lens) for i in range(n)]
+
+
+def test_what_a_size_has_to_spare_reads_a_long_context():
+    b, graphs, seen = make(128, length=4000)
+    b.admit(plan(new=[sequence(0, [0] * 3000, list(range(375)))]))
+    graphs.run(plan(slots=[0], starts=[2960], counts=[40]))
+    assert seen.fwd.attention.parts.tolist()[:13] == [
+        *([i, 5] for i in range(5)), *([i, 5] for i in range(5)), *([0, 1] for _ in range(3)),
+    ]  # fmt: skip
+    check_tiles(seen.fwd.attention, 128, 64)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_as_many_sequences_as_a_size_takes_have_tiles(size):
+    _, graphs, seen = make(128, length=2000)
+    count = most_sequences(size)
+    tokens = [1] * (count - 1)
+    tokens.append(size - sum(tokens))
+    graphs.run(plan(slots=list(range(count)), starts=[0] * count, counts=tokens))
+    check_tiles(seen.fwd.attention, 128, size)
+    assert len(seen.slots) == count
 
 
 def test_what_is_too_large_or_switched_off_has_no_graph():
-    b, graphs, _ = make()
-    many = plan(slots=list(range(SEQUENCES + 1)), starts=[0] * 17, counts=[1] * 17)
-    assert graphs.run(many) is None
-    long = plan(slots=[0], starts=[0], counts=[LENGTH])
+    b, graphs, _ = make(length=600)
+    for count, tokens in ((SEQUENCES, 1), (SEQUENCES_UNSPLIT, 30)):
+        many = plan(slots=list(range(count + 1)), starts=[0] * (count + 1), counts=[tokens] * (count + 1))
+        assert not graphs.fits(many)
+        fewer = plan(slots=list(range(count)), starts=[0] * count, counts=[tokens] * count)
+        assert graphs.fits(fewer)
+    long = plan(slots=[0], starts=[0], counts=[550])
     assert graphs.run(long) is None, "no size between the longest sequence and this one"
-    far = plan(slots=[0], starts=[LONGEST_CONTEXT + 1], counts=[1])
-    assert graphs.run(far) is None, "its context is better read by many programs"
+    assert graphs.fits(plan(slots=[0], starts=[LONGEST_CONTEXT + 1], counts=[SPLIT_TOKENS]))
+    far = plan(slots=[0], starts=[LONGEST_CONTEXT + 1], counts=[SPLIT_TOKENS + 1])
+    assert graphs.run(far) is None, "one program would read all of its context"
     _, off, _ = make(enabled=False)
     assert off.run(plan(slots=[0], starts=[0], counts=[3])) is None
-    assert b.spare_slot == 20
+    assert b.spare_slot == 80
 
 
 def test_every_size_is_captured_once():

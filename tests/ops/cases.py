@@ -134,6 +134,9 @@ def attention_case(ops: Ops, dtype: torch.dtype, rng: random.Random) -> Iterator
         )
     yield attention_pair(ops, dtype, rng, "decode", 1, 2, 256, sequences=1, longest=5000)
     yield attention_pair(ops, dtype, rng, "decode", 8, 1, 8, sequences=70, longest=100)
+    if ops.query_tile:
+        for queries, contexts, block_size, head_dim, window in SPLIT:
+            yield split_pair(ops, dtype, rng, queries, contexts, block_size, head_dim, window)
     if ops.device == "cuda":
         for head_dim in (64, 72):
             yield attention_pair(
@@ -189,6 +192,37 @@ def attention_pair(
     return given, exact
 
 
+# few queries behind long contexts: queries and contexts of each sequence, block size, head size, window
+SPLIT: tuple[tuple[list[int], list[int], int, int, int | None], ...] = (
+    ([64], [2600], 64, 128, None),
+    ([1, 40, 1, 33, 2], [1500, 70, 3001, 1100, 2], 16, 64, None),
+    ([70, 1], [1090, 1024], 24, 80, None),
+    ([64, 5], [2311, 1030], 64, 64, 1500),
+    ([20, 1], [1100, 2000], 64, 128, 300),  # one part is enough for the keys in a window
+)
+
+
+def split_pair(
+    ops: Ops,
+    dtype: torch.dtype,
+    rng: random.Random,
+    queries: list[int],
+    contexts: list[int],
+    block_size: int,
+    head_dim: int,
+    window: int | None,
+) -> Pair:
+    kv_heads, group = rng.randint(1, 2), rng.choice((1, 2, 4, 5))
+    cache, inputs = paged(
+        queries, contexts, block_size=block_size, heads=kv_heads, head_dim=head_dim, dtype=dtype
+    )
+    inputs = in_parts(inputs)
+    q = activations(ops, sum(queries), kv_heads * group + 2, head_dim)[:, :-2]
+    given = ops.attention(q, cache, 1, inputs, head_dim**-0.5, window)
+    exact = attention.attention(q.double(), cache, 1, inputs, head_dim**-0.5, window)
+    return given, exact
+
+
 def paged(
     queries: list[int], contexts: list[int], *, block_size: int, heads: int, head_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, AttentionInputs]:
@@ -222,6 +256,18 @@ def tiled(inputs: AttentionInputs, tile: int) -> AttentionInputs:
         attention.query_tiles(query_lens, decodes, tile), device=inputs.query_starts.device
     )
     return dataclasses.replace(inputs, num_decodes=decodes, tiles=tiles)
+
+
+def in_parts(inputs: AttentionInputs) -> AttentionInputs:
+    """What the executor adds where a step's few queries have many keys to read."""
+    query_lens = inputs.query_starts.diff().cpu().numpy()
+    tiles = attention.query_tiles(query_lens, 0, attention.SPLIT_TILE)
+    room = len(tiles) + attention.SPLIT_ENTRIES
+    tiles, parts = attention.split_keys(tiles, query_lens, inputs.context_lens.cpu().numpy(), room)
+    device = inputs.query_starts.device
+    return dataclasses.replace(
+        inputs, tiles=torch.as_tensor(tiles, device=device), parts=torch.as_tensor(parts, device=device)
+    )
 
 
 def few_weights(

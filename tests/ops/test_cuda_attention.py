@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ops.cases import paged, slots_of, tiled
+from tests.ops.cases import in_parts, paged, slots_of, tiled
 from xllm.ops.attention import AttentionInputs
+from xllm.ops.attention import attention as reference
 from xllm.ops.cuda import attention_plan as plan
 
 BFLOAT16_STEP = 2.0**-8
@@ -78,19 +79,91 @@ def test_when_the_copy_engine_fetches_keys(changed: dict[str, Any], usable: bool
     assert plan.can_use_descriptors(**(ordinary | changed)) is usable
 
 
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def batch(
     queries: list[int], contexts: list[int], head_dim: int = 64
 ) -> tuple[torch.Tensor, torch.Tensor, AttentionInputs]:
     """Queries, a cache with NaN wherever nobody has written, and the inputs, of 2 KV heads with 4 query heads each."""
     pytest.importorskip("triton")
     torch.manual_seed(0)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    with torch.device("cpu" if interpreted else "cuda"):
+    with torch.device("cpu" if interpreted() else "cuda"):
         cache, inputs = paged(
             queries, contexts, block_size=64, heads=2, head_dim=head_dim, dtype=torch.bfloat16
         )
         q = torch.randn(sum(queries), 8, head_dim).to(torch.bfloat16)
         return q, cache, tiled(inputs, plan.QUERY_TILE)
+
+
+def split(
+    queries: list[int], contexts: list[int], head_dim: int = 64
+) -> tuple[torch.Tensor, torch.Tensor, AttentionInputs]:
+    q, cache, inputs = batch(queries, contexts, head_dim)
+    return q, cache, in_parts(dataclasses.replace(inputs, num_decodes=0))
+
+
+def entries(values: list[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def check_split(q: torch.Tensor, cache: torch.Tensor, inputs: AttentionInputs, window: int | None) -> None:
+    """Twice the same, right, and the counters are as they were."""
+    from xllm.ops.cuda.attention import attention
+    from xllm.ops.cuda.prefill_parts import places
+
+    given, again = (attention(q, cache, 1, inputs, 0.125, window) for _ in range(2))
+    exact = reference(q.double(), cache, 1, inputs, 0.125, window)
+    assert torch.equal(given, again)
+    steps = 3 if interpreted() else 1  # the interpreter cuts off where a card rounds
+    assert (given - exact).abs().max() <= steps * BFLOAT16_STEP * exact.abs().max()
+    rows = plan.prefill_tiling(q.shape[2], q.dtype, 0).rows
+    assert not places(q.device, 2, 4, q.shape[2], rows).counters.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1100])
+def test_parts_give_the_same_bits_and_leave_no_trace(window: int | None) -> None:
+    q, cache, inputs = split([64, 1, 9], [2200, 1500, 30])
+    assert inputs.parts is not None and inputs.parts[:, 1].max() > 2
+    check_split(q, cache, inputs, window)
+
+
+@pytest.mark.gpu
+def test_what_a_graph_has_to_spare_does_nothing() -> None:
+    """As in a graph of 64 tokens: sequences, one that fills it up, one without tokens, and its entries."""
+    q, cache, inputs = batch([20, 1, 1, 42, 0], [1300, 1, 1601, 42, 1])
+    inputs = in_parts(dataclasses.replace(inputs, num_decodes=0, max_query_len=64))
+    assert inputs.tiles is not None and inputs.parts is not None
+    spare, whole = (entries([pair] * 9, q.device) for pair in ((4, 0), (0, 1)))
+    tiles, parts = torch.cat((inputs.tiles, spare)), torch.cat((inputs.parts, whole))
+    check_split(q, cache, dataclasses.replace(inputs, tiles=tiles, parts=parts), None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("context", [40, 511, 1100, 3000])
+def test_parts_without_keys_end_at_once(context: int) -> None:
+    q, cache, inputs = batch([3, 40], [context, 60])
+    tiles, parts = [(0, 0)] * 20 + [(1, 0), (1, 32)], [(part, 20) for part in range(20)] + [(0, 1)] * 2
+    inputs = dataclasses.replace(
+        inputs, num_decodes=0, tiles=entries(tiles, q.device), parts=entries(parts, q.device)
+    )
+    check_split(q, cache, inputs, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 1500])
+def test_descriptors_and_pointers_fetch_the_same_parts(window: int | None) -> None:
+    q, cache, inputs = split([33, 1], [2050, 1031], 128)
+    from xllm.ops.cuda.prefill_attention import prefill_attention
+
+    given = [torch.zeros(q.shape[0], 8 * 128, dtype=q.dtype, device=q.device) for _ in range(2)]
+    for descriptors, out in zip((True, False), given, strict=True):
+        prefill_attention(q, cache, 1, inputs, 128**-0.5, window, out, descriptors=descriptors)
+    by_descriptor, by_pointer = (out.float() for out in given)
+    assert not by_pointer.isnan().any()
+    assert (by_descriptor - by_pointer).abs().max() <= BFLOAT16_STEP * by_pointer.abs().max()
 
 
 @pytest.mark.gpu
@@ -155,6 +228,30 @@ def test_a_graph_for_any_context_serves_short_and_long_ones() -> None:
         graph.replay()
         exact = attention(q, cache, 1, dataclasses.replace(anything, max_context_len=2000), 0.125, None)
         assert (given.float() - exact.float()).abs().max() <= BFLOAT16_STEP * exact.float().abs().max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has no graphs")
+def test_a_graph_takes_other_contexts_and_other_parts() -> None:
+    q, cache, inputs = batch([64, 0], [3000, 1])
+    from xllm.ops.cuda.attention import attention
+
+    tiles, parts = (entries([pair] * 40, q.device) for pair in ((1, 0), (0, 1)))
+    fixed = dataclasses.replace(inputs, num_decodes=0, tiles=tiles, parts=parts)
+    attention(q, cache, 1, fixed, 0.125, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        given = attention(q, cache, 1, fixed, 0.125, None)
+    for context in (3000, 1100, 64, 2999):
+        inputs.context_lens[0] = context
+        cut = in_parts(inputs)
+        assert cut.tiles is not None and cut.parts is not None
+        count = len(cut.tiles)
+        tiles[:count], parts[:count] = cut.tiles, cut.parts
+        tiles[count:], parts[count:] = entries([(1, 0)], q.device), entries([(0, 1)], q.device)
+        graph.replay()
+        exact = reference(q.double(), cache, 1, inputs, 0.125, None)
+        assert (given - exact).abs().max() <= BFLOAT16_STEP * exact.abs().max()
 
 
 @pytest.mark.gpu

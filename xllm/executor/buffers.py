@@ -13,7 +13,14 @@ from xllm.core.plan import StepPlan
 from xllm.device.table import Device
 from xllm.executor.packing import upload_all
 from xllm.models.forward import Forward
-from xllm.ops.attention import AttentionInputs, query_tiles
+from xllm.ops.attention import (
+    SPLIT_ENTRIES,
+    SPLIT_TILE,
+    SPLIT_TOKENS,
+    AttentionInputs,
+    query_tiles,
+    split_keys,
+)
 from xllm.ops.table import Ops
 
 
@@ -99,7 +106,7 @@ class InputBuffers:
         if self.ops.query_tile:
             several = np.flatnonzero(counts > 1)
             num_decodes = int(several[0]) if len(several) else len(slots)
-            arrays.append(query_tiles(counts, num_decodes, self.ops.query_tile))
+            arrays += self._tiles(counts, context_lens, num_decodes)
         slot, position, kv_slot, rows, first_query, context, table, *tiles = upload_all(self.device, *arrays)
         return Forward(
             token_ids=self.tokens[slot, position],
@@ -113,10 +120,20 @@ class InputBuffers:
                 max_context_len=int(context_lens.max()),
                 num_decodes=num_decodes,
                 tiles=tiles[0] if tiles else None,
+                parts=tiles[1] if len(tiles) > 1 else None,
             ),
             kv_cache=kv_cache,
             logits_rows=rows,
         )
+
+    def _tiles(self, counts: np.ndarray, context_lens: np.ndarray, num_decodes: int) -> list[np.ndarray]:
+        """Tiles of queries, and their parts where few queries have many keys to read."""
+        if 0 < counts[num_decodes:].sum() <= SPLIT_TOKENS:
+            small = query_tiles(counts, num_decodes, SPLIT_TILE)
+            tiles, parts = split_keys(small, counts, context_lens, len(small) + SPLIT_ENTRIES)
+            if len(tiles) > len(small):
+                return [tiles, parts]
+        return [query_tiles(counts, num_decodes, self.ops.query_tile)]
 
     def decode_forward(
         self, slots_B: torch.Tensor, positions_B: torch.Tensor, kv_cache: torch.Tensor

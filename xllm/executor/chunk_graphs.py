@@ -2,6 +2,9 @@
 
 A graph has a fixed number of tokens, its size. What a step has less is filled up by one more sequence, of the spare slot;
 another sequence without tokens is there for tiles of attention that are not needed. All of it is ordinary work.
+
+In a small size several programs share a tile's keys (`split_keys`): it takes contexts of any length, and what it has of
+tiles to spare goes to long ones. A larger one takes the tiles as they are.
 """
 
 import bisect
@@ -14,17 +17,19 @@ from xllm.core.plan import StepPlan
 from xllm.executor.buffers import InputBuffers
 from xllm.executor.graphs import GraphTable, Shape
 from xllm.models.forward import Forward
-from xllm.ops.attention import AttentionInputs, query_tiles
+from xllm.ops.attention import SPLIT_TILE, SPLIT_TOKENS, AttentionInputs, query_tiles, split_keys
 
 SIZES = (32, 64, 128, 192, 256, 384, 512, 768, 1024)  # tokens
-SEQUENCES = 16  # of a step at most
-LONGEST_CONTEXT = 8192  # tokens before the chunk: here one program reads them all, eager steps split them
-FILLER, EMPTY = SEQUENCES, SEQUENCES + 1  # places behind the real sequences
+# Of a step at most. Each more is a tile of attention that most steps do not need, and a row that most do not sample: in
+# a size that splits keys a tile is one or two programs per KV head, in a larger one many more.
+SEQUENCES = 64
+SEQUENCES_UNSPLIT = 16
+LONGEST_CONTEXT = 8192  # tokens before the chunk, where one program reads them all
 
 NOBODY = StepPlan(step=0, new=(), slots=(), starts=(), counts=(), samples=(), appended=())
 
 Tensors = Mapping[str, torch.Tensor]
-# (forward, slots [SEQUENCES] int64, positions [SEQUENCES] int64 of the tokens to sample) -> the step's outputs
+# (forward, slots [N] int64, positions [N] int64 of the tokens to sample) -> the step's outputs; N sequences of the size
 ChunkStep = Callable[[Forward, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]]
 
 
@@ -42,18 +47,17 @@ class ChunkGraphs:
 
     def fits(self, plan: StepPlan) -> bool:
         """Whether there is a size for the step."""
-        return (
-            bool(self._sizes)
-            and len(plan.slots) <= SEQUENCES
-            and plan.num_tokens <= self._sizes[-1]
-            and max(plan.starts) <= LONGEST_CONTEXT
-        )
+        if not self._sizes or plan.num_tokens > self._sizes[-1]:
+            return False
+        size = self._size(plan)
+        far = size > SPLIT_TOKENS and max(plan.starts) > LONGEST_CONTEXT
+        return len(plan.slots) <= most_sequences(size) and not far
 
     def run(self, plan: StepPlan) -> tuple[torch.Tensor, ...] | None:
         """The step's outputs: the first rows are those of the sequences that sample. None where there is no graph."""
         if not self.fits(plan):
             return None
-        size = self._sizes[bisect.bisect_left(self._sizes, plan.num_tokens)]
+        size = self._size(plan)
         return self._table.replay(self._shape(size), self._arrays(plan, size))
 
     def capture_one(self) -> bool:
@@ -65,6 +69,9 @@ class ChunkGraphs:
                 return True
         return False
 
+    def _size(self, plan: StepPlan) -> int:
+        return self._sizes[bisect.bisect_left(self._sizes, plan.num_tokens)]
+
     def _shape(self, size: int) -> Shape:
         return Shape(
             key=("chunk", size),
@@ -75,11 +82,12 @@ class ChunkGraphs:
 
     def _arrays(self, plan: StepPlan, size: int) -> dict[str, np.ndarray]:
         b = self._buffers
-        real, fill = len(plan.slots), size - plan.num_tokens
-        slots = _padded(plan.slots, b.spare_slot)
-        starts, counts = _padded(plan.starts, 0), _padded(plan.counts, 0)
-        counts[FILLER] = fill
-        query_starts = np.zeros(SEQUENCES + 3, dtype=np.int32)
+        most = most_sequences(size)
+        real, filler = len(plan.slots), most  # the filler's place is behind the real sequences
+        slots = _padded(plan.slots, b.spare_slot, most + 2)
+        starts, counts = _padded(plan.starts, 0, most + 2), _padded(plan.counts, 0, most + 2)
+        counts[filler] = size - plan.num_tokens
+        query_starts = np.zeros(most + 3, dtype=np.int32)
         np.cumsum(counts, out=query_starts[1:])
         slot_T = np.repeat(slots, counts)
         position_T = np.arange(size) + np.repeat(starts - query_starts[:-1], counts)
@@ -91,19 +99,15 @@ class ChunkGraphs:
             "slots": slot_T,
             "positions": position_T,
             "kv_slots": block_T.astype(np.int64) * b.block_size + position_T % b.block_size,
-            "rows": _padded(query_starts[sampling + 1] - 1, 0)[:SEQUENCES],
-            "sample_slots": _padded(slots[sampling], b.spare_slot)[:SEQUENCES],
-            "sample_positions": _padded((starts + counts)[sampling], 1)[:SEQUENCES],
+            "rows": _padded(query_starts[sampling + 1] - 1, 0, most),
+            "sample_slots": _padded(slots[sampling], b.spare_slot, most),
+            "sample_positions": _padded((starts + counts)[sampling], 1, most),
             "query_starts": query_starts,
             "context_lens": np.maximum(starts + counts, 1).astype(np.int32),
             "block_table": tables,
         }
-        if tile := b.ops.query_tile:
-            tiles = np.zeros((-(-size // tile) + SEQUENCES + 1, 2), dtype=np.int32)
-            tiles[:, 0] = EMPTY
-            needed = query_tiles(counts, 0, tile)
-            tiles[: len(needed)] = needed
-            arrays["tiles"] = tiles
+        if b.ops.query_tile:
+            arrays |= _tiles(counts, starts + counts, size, b.ops.query_tile)
         return arrays
 
     def _run(self, t: Tensors, size: int) -> tuple[torch.Tensor, ...]:
@@ -118,6 +122,7 @@ class ChunkGraphs:
                 max_query_len=size,
                 max_context_len=self._buffers.max_model_len,
                 tiles=t.get("tiles"),
+                parts=t.get("parts"),
             ),
             kv_cache=self._kv_cache,
             logits_rows=t["rows"],
@@ -125,8 +130,30 @@ class ChunkGraphs:
         return self._step(fwd, t["sample_slots"], t["sample_positions"])
 
 
-def _padded(values: Sequence[int] | np.ndarray, filler: int) -> np.ndarray:
-    """[SEQUENCES + 2] int64: the plan's values, then the filler."""
-    padded = np.full(SEQUENCES + 2, filler, dtype=np.int64)
+def most_sequences(size: int) -> int:
+    """Of a step that a graph of so many tokens takes."""
+    return min(size, SEQUENCES if size <= SPLIT_TOKENS else SEQUENCES_UNSPLIT)
+
+
+def _tiles(counts: np.ndarray, contexts: np.ndarray, size: int, tile: int) -> dict[str, np.ndarray]:
+    """As many entries as any step of the size needs; what is to spare is of the last sequence, which has no tokens."""
+    split = size <= SPLIT_TOKENS
+    tile = SPLIT_TILE if split else tile
+    empty = len(counts) - 1
+    entries = np.zeros((-(-size // tile) + empty, 2), dtype=np.int32)
+    entries[:, 0] = empty
+    tiles = query_tiles(counts, 0, tile)
+    arrays = {"tiles": entries}
+    if split:
+        tiles, parts = split_keys(tiles, counts, contexts, len(entries))
+        arrays["parts"] = np.tile(np.array([0, 1], dtype=np.int32), (len(entries), 1))
+        arrays["parts"][: len(parts)] = parts
+    entries[: len(tiles)] = tiles
+    return arrays
+
+
+def _padded(values: Sequence[int] | np.ndarray, filler: int, length: int) -> np.ndarray:
+    """[length] int64: the values, then the filler."""
+    padded = np.full(length, filler, dtype=np.int64)
     padded[: len(values)] = values
     return padded

@@ -19,7 +19,7 @@ from xllm.device.table import Device
 from xllm.models.forward import Forward, Model
 from xllm.models.spec import Parameter
 from xllm.models.table import find_family
-from xllm.ops.attention import AttentionInputs
+from xllm.ops.attention import SPLIT_TOKENS, AttentionInputs
 from xllm.ops.sampling import SlotNumbers
 from xllm.ops.table import Ops
 
@@ -115,7 +115,8 @@ class Rehearsal:
         return model.logits(model.forward(fwd))
 
     def _chunk(self, tokens: int) -> Forward:
-        """A prompt of one sequence beside one decode."""
+        """A prompt of one sequence beside one decode. A short one as behind a long context, and as in its graph: with the
+        keys of its tiles in parts."""
         ids = torch.zeros(tokens + 1, dtype=torch.int64)
         inputs = AttentionInputs(
             query_starts=torch.tensor([0, 1, tokens + 1], dtype=torch.int32),
@@ -123,6 +124,7 @@ class Rehearsal:
             block_table=torch.zeros((2, self.width), dtype=torch.int32), kv_slots=ids,
             max_query_len=tokens, max_context_len=tokens, num_decodes=1,
             tiles=torch.tensor([[1, 0]], dtype=torch.int32),
+            parts=torch.tensor([[0, 1]], dtype=torch.int32) if tokens <= SPLIT_TOKENS else None,
         )  # fmt: skip
         return Forward(ids, ids, inputs, self.kv_cache, torch.tensor([0, tokens]))
 

@@ -1,16 +1,25 @@
 """Attention over paged KV: the contract and the plain PyTorch reference.
 
 Legend: T tokens of this step over all sequences, S sequences, Q query heads, H KV heads, G = Q / H, D head size,
-B blocks, L layers, P tokens per block, C context of one sequence, N its tokens of this step.
+B blocks, L layers, P tokens per block, C context of one sequence, N its tokens of this step, or entries of `tiles`.
 
 The KV cache is one tensor `kv_BL2PHD` = [block, layer, k|v, token in block, kv head, head size]: all layers of a
 block lie together, so moving a block anywhere is one contiguous copy.
 """
 
+import heapq
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+# Where keys are split (`split_keys`). An entry is 8 programs on a card with 8 KV heads of 2 query heads each, 16 with 4;
+# an H200 has room for two of them on each of its 132 multiprocessors, so that 32 entries fill it once or twice.
+SPLIT_TOKENS = 256  # of a step, behind its decodes: more of them keep a card busy as they are
+SPLIT_TILE = 32  # queries in a tile: few, so that single queries beside a chunk do not cost a large tile each
+SPLIT_KEYS = 512  # of a part at least: a part costs as much as a hundred keys or two, to leave and to add up
+SPLIT_ENTRIES = 32  # up to so many tiles and parts; of more tiles, half as many parts beside them
+SPLIT_PLACES = 2 * SPLIT_ENTRIES  # all entries of tiles in parts are among so many first ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +35,7 @@ class AttentionInputs:
     max_context_len: int
     num_decodes: int = 0  # sequences at the front known to have one query each; the others may have one too
     tiles: torch.Tensor | None = None  # [N, 2] int32, see `query_tiles`; where the device asks for them
+    parts: torch.Tensor | None = None  # [N, 2] int32, see `split_keys`; None: nobody shares a tile's keys
 
 
 def query_tiles(query_lens_S: np.ndarray, num_decodes: int, tile: int) -> np.ndarray:
@@ -36,6 +46,35 @@ def query_tiles(query_lens_S: np.ndarray, num_decodes: int, tile: int) -> np.nda
     first = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
     tiles = np.stack((np.repeat(sequences, counts), first * tile), axis=1).astype(np.int32)
     return np.ascontiguousarray(tiles[np.argsort(-tiles[:, 1], kind="stable")])
+
+
+def split_keys(
+    tiles_N2: np.ndarray, query_lens_S: np.ndarray, context_lens_S: np.ndarray, room: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Several programs for tiles with many keys: a few queries behind a long context would leave most of a card idle.
+
+    tiles: of at most SPLIT_TILE queries. Returns [M, 2] int32 tiles, those with most keys first and each of them once
+    for each of its parts, and beside them [M, 2] int32 (part, parts) in order of the parts. A part has SPLIT_KEYS keys
+    at least, fewer only where a window hides the others. M <= room, or N where there is no room for more.
+    """
+    sequence_N, first_N = tiles_N2.T
+    later_N = np.maximum(query_lens_S[sequence_N] - first_N - SPLIT_TILE, 0)  # queries of the sequence
+    keys_N = context_lens_S[sequence_N] - later_N
+    order_N = np.argsort(-keys_N, kind="stable")
+    keys = keys_N[order_N].tolist()
+    parts = [1] * len(keys)
+    spare = min(room - len(keys), max(SPLIT_ENTRIES - len(keys), SPLIT_ENTRIES // 2))
+    longest = [(-count, i) for i, count in enumerate(keys) if count >= 2 * SPLIT_KEYS]  # sorted, so a heap
+    while longest and spare > 0:
+        i = heapq.heappop(longest)[1]
+        parts[i] += 1
+        spare -= 1
+        if keys[i] >= (parts[i] + 1) * SPLIT_KEYS:
+            heapq.heappush(longest, (-keys[i] / parts[i], i))
+    parts_N = np.array(parts, dtype=np.int64)
+    part_M = np.arange(parts_N.sum()) - np.repeat(parts_N.cumsum() - parts_N, parts_N)
+    parts_M2 = np.stack((part_M, np.repeat(parts_N, parts_N)), axis=1).astype(np.int32)
+    return np.repeat(tiles_N2[order_N], parts_N, axis=0), parts_M2
 
 
 def attention(
