@@ -260,7 +260,7 @@ def test_an_etcd_that_is_not_there_is_waited_for():
         (("--etcd", "http://127.0.0.1:1", "--instance-id", "a/b"), "--instance-id consists of"),
         (
             ("--etcd", "http://127.0.0.1:1", "--kv-transport", "pigeon"),
-            "--kv-transport is one of auto, nixl, tcp, none",
+            "--kv-transport is one of auto, nixl, tcp, mooncake, none",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from xllm.core.errors import ConfigError
 
 TOKEN_VARIABLE = "XLLM_CLUSTER_TOKEN"
 MOST_PROCESSES = 64
-KV_TRANSPORTS = ("auto", "nixl", "tcp", "none")
+KV_TRANSPORTS = ("auto", "nixl", "tcp", "mooncake", "none")
 FAULTY = "faulty:"  # a transport for tests: it takes settings, and no help speaks of it
 
 
@@ -56,7 +56,7 @@ class JoinOptions(ClusterOptions):
     )
     kv_transport: str = knob(
         "auto",
-        "how KV goes between instances; auto: nixl on a card where it is installed, else tcp",
+        "how KV goes between instances; auto: nixl on a card where it is installed, else tcp; mooncake: host memory only",
         metavar=f"{{{','.join(KV_TRANSPORTS)}}}",
     )
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from xllm.core.errors import ConfigError
+from xllm.executor.transports.mooncake_engines import load
 from xllm.executor.transports.table import nixl_module, open_transport
 
 LONG = 30.0  # seconds; only a failing test waits that long
@@ -19,6 +21,20 @@ MARK = "descriptor "
 
 needs_nixl = pytest.mark.skipif(
     nixl_module() is None, reason="NIXL is not installed (pip install 'pyxllm[pd]')"
+)
+
+
+def _mooncake_loads() -> bool:
+    try:
+        load()
+    except ConfigError:
+        return False
+    return True
+
+
+needs_mooncake = pytest.mark.skipif(
+    not _mooncake_loads(),
+    reason="Mooncake is not installed, or does not load (pip install 'pyxllm[mooncake]')",
 )
 
 

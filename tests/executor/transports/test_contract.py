@@ -5,12 +5,13 @@ import threading
 import pytest
 import torch
 
-from tests.executor.transports.giving import contents, needs_nixl
+from tests.executor.transports.giving import contents, needs_mooncake, needs_nixl
 from xllm.executor.transports.base import TransportError
 from xllm.executor.transports.nixl import NixlTransport
 from xllm.executor.transports.table import open_transport
 
-KINDS = ["local", "tcp", "faulty:tcp", pytest.param("nixl", marks=needs_nixl)]
+CARD_KINDS = ["local", "tcp", "faulty:tcp", pytest.param("nixl", marks=needs_nixl)]
+KINDS = [*CARD_KINDS, pytest.param("mooncake", marks=needs_mooncake)]
 
 
 @pytest.fixture(params=KINDS)
@@ -142,6 +143,7 @@ def test_memory_once_given_can_be_given_back(opened):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("opened", CARD_KINDS, indirect=True)
 def test_from_card_to_card(opened):
     source = contents(40, 3 << 20, 1)
     memory = torch.zeros(40, 3 << 20, dtype=torch.uint8, device="cuda")

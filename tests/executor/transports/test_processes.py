@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from tests.executor.transports.giving import LONG, Giver, needs_nixl
+from tests.executor.transports.giving import LONG, Giver, needs_mooncake, needs_nixl
 from tests.processes import freeze
 from xllm.executor.block_sums import BlockSums
 from xllm.executor.transports.base import STALL_S, TransportError
@@ -27,6 +27,7 @@ SLACK_S = 3.0  # of a machine with other work
         "tcp",
         pytest.param("nixl", marks=needs_nixl),
         pytest.param("nixl over posix,sysv,self", marks=needs_nixl),
+        pytest.param("mooncake", marks=needs_mooncake),
     ]
 )
 def kind(request, monkeypatch):

@@ -34,7 +34,7 @@ def test_auto_is_nixl_where_it_is_of_use(monkeypatch, on_card, mapped, installed
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("tcp", "tcp"), ("nixl", "nixl"), ("faulty", "tcp"), ("faulty:nixl?drop=0.1&seed=3", "nixl"), ("faulty:?break=1", "tcp")],
+    [("tcp", "tcp"), ("nixl", "nixl"), ("mooncake", "mooncake"), ("faulty", "tcp"), ("faulty:nixl?drop=0.1&seed=3", "nixl"), ("faulty:?break=1", "tcp")],
 )  # fmt: skip
 def test_who_has_faults_speaks_what_others_do(name, expected):
     assert spoken(name, on_card=False, mapped=False) == expected
@@ -58,7 +58,7 @@ def test_the_package_goes_with_the_cuda_of_pytorch(monkeypatch, cuda, there, exp
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("carrier-pigeon", "there is no such transport; there are auto, tcp, nixl"),
+        ("carrier-pigeon", "there is no such transport; there are auto, tcp, nixl, mooncake"),
         ("tcp:fast", "tcp takes no settings"),
         ("faulty:pigeon", "there is no such transport"),
     ],

@@ -13,6 +13,7 @@ from xllm.executor.transports.base import Blocks, Settings, Transport
 TRANSPORTS = {
     "tcp": "xllm.executor.transports.tcp:TcpTransport",
     "nixl": "xllm.executor.transports.nixl:NixlTransport",
+    "mooncake": "xllm.executor.transports.mooncake:MooncakeTransport",
     "local": "xllm.executor.transports.local:LocalTransport",
     "faulty": "xllm.executor.transports.faulty:FaultyTransport",
 }
