@@ -149,16 +149,18 @@ def streams(asked: argparse.Namespace, pairs: dict[str, Pair]) -> list[dict[str,
 
 def first_tokens(asked: argparse.Namespace, pair: Pair) -> list[dict[str, Any]]:
     runs = []
-    own, peer = pair.direct(1), pair.peer()
+    own, other, peer = pair.direct(1), pair.direct(0), pair.peer()
     for tokens in asked.lengths:
         for repeat in range(asked.pairs + 1):  # the first ones connect
-            for way in ("alone", "paired")[:: 1 if repeat % 2 == 0 else -1]:
+            for way in list(pd_report.WAYS)[:: 1 if repeat % 2 == 0 else -1]:
                 id = f"ttft {way} {tokens} {repeat}"
-                took = own.first_token(id, prompt_of(asked, id, tokens), peer if way == "paired" else None)
+                door = other if way == "there" else own
+                took = door.first_token(id, prompt_of(asked, id, tokens), peer if way == "paired" else None)
                 if repeat:
                     runs.append({"way": way, "tokens": tokens, **took})
         print(pd_report.ttft_line(runs, tokens), flush=True)
     own.close()
+    other.close()
     return runs
 
 

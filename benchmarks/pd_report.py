@@ -30,8 +30,9 @@ def page(record: dict[str, Any]) -> str:
     if runs := record.get("ttft"):
         lines += ["## What the transfer adds to the first token of a prompt", "",
                   "Two idle instances, prompts that nobody has seen, sent to the one that answers, without a router: it computes them "
-                  "alone, or asks the other one to. Fetched: of the prompt's tokens, those that it got from there; it waited so long for "
-                  "them, the other's computing included. What is no whole block, and the last token, it computes itself.", "",
+                  "alone, or asks the other one to, which computes prompts of its own as well, alone. Added: to what the other takes for "
+                  "those. Fetched: of the prompt's tokens, those that it got from there; it waited so long for them and for the first "
+                  "token, the other's computing included.", "",
                   *ttft_table(runs), *ttft_verdict(runs, record["device"])]  # fmt: skip
     if runs := record.get("kv"):
         lines += ["## Bytes per second that an instance fetches", "",
@@ -122,7 +123,7 @@ def streams_verdict(runs: Sequence[dict[str, Any]], device: str) -> list[str]:
 
 # ---- first tokens
 
-WAYS = {"alone": "alone, ms", "paired": "by the other, ms"}
+WAYS = {"alone": "alone, ms", "there": "the other one alone, ms", "paired": "by the other for it, ms"}
 
 
 def ttfts_of(runs: Sequence[dict[str, Any]], tokens: int) -> dict[str, list[float]]:
@@ -131,27 +132,30 @@ def ttfts_of(runs: Sequence[dict[str, Any]], tokens: int) -> dict[str, list[floa
     }
 
 
-def added(runs: Sequence[dict[str, Any]], tokens: int) -> float:
-    alone, paired = map(statistics.median, ttfts_of(runs, tokens).values())
-    return paired / alone - 1
+def added(runs: Sequence[dict[str, Any]], tokens: int, beside: str = "there") -> float:
+    """To what the one that computes takes for an answer of its own: two cards differ by some per cent."""
+    found = ttfts_of(runs, tokens)
+    return statistics.median(found["paired"]) / statistics.median(found[beside]) - 1
 
 
 def ttft_line(runs: Sequence[dict[str, Any]], tokens: int) -> str:
-    alone, paired = map(statistics.median, ttfts_of(runs, tokens).values())
-    return f"{tokens} tokens: alone {alone:.1f} ms, by the other {paired:.1f} ms, {added(runs, tokens):+.1%}"
+    told = ", ".join(
+        f"{way} {statistics.median(found):.1f} ms" for way, found in ttfts_of(runs, tokens).items()
+    )
+    return f"{tokens} tokens: {told}; added {added(runs, tokens):+.1%}, to its own {added(runs, tokens, 'alone'):+.1%}"
 
 
 def ttft_table(runs: Sequence[dict[str, Any]]) -> list[str]:
-    titles = ("prompt, tokens", *WAYS.values(), "added", "fetched", "waited for it, ms")
+    titles = ("prompt, tokens", *WAYS.values(), "added", "to its own", "fetched", "waited for it, ms")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for tokens in sorted({run["tokens"] for run in runs}):
         found = ttfts_of(runs, tokens)
         paired = [run for run in runs if (run["tokens"], run["way"]) == (tokens, "paired")]
-        more = statistics.median(found["paired"]) - statistics.median(found["alone"])
+        more = statistics.median(found["paired"]) - statistics.median(found["there"])
         fetched = statistics.fmean(run["fetched"] for run in paired) / tokens
         lines.append(
-            f"| {tokens} | {spread(found['alone'])} | {spread(found['paired'])} | {more:+.1f} ms, {added(runs, tokens):+.1%} | "
-            f"{fetched:.1%} | {statistics.median(run['fetch_ms'] for run in paired):.1f} |"
+            f"| {tokens} | {' | '.join(spread(found[way]) for way in WAYS)} | {more:+.1f} ms, {added(runs, tokens):+.1%} | "
+            f"{added(runs, tokens, 'alone'):+.1%} | {fetched:.1%} | {statistics.median(run['fetch_ms'] for run in paired):.1f} |"
         )
     return [*lines, ""]
 

@@ -63,6 +63,19 @@ def test_a_prompt_stays_where_nobody_is_disturbed():
     assert dispatcher.submit(submit("a/0", prompt=1000), watch.now)[1].submit.kv_from is None
 
 
+@pytest.mark.parametrize("seconds", [0.0050, 0.0040])
+def test_who_has_only_decoded_knows_nothing_of_prompts(seconds):
+    """A line through steps of about as many tokens may fall or be flat: long prompts stayed, for they cost nothing."""
+    dispatcher, watch = made(("d", "decode"), ("p", "prefill"))
+    decoding(dispatcher, "d", 6)
+    at = dispatcher.joined(instance("d", role="decode", transport="tcp", max_model_len=4096))
+    dispatcher.serves(at, True)
+    for tokens in range(30, 90):
+        dispatcher.told(at, Load(running=6, step_tokens=30 + tokens % 8, step_s=seconds), watch.now)
+    _, sending = dispatcher.submit(submit(prompt=1000), watch.now)
+    assert sending.submit.kv_from is not None
+
+
 def test_a_prompt_stays_where_the_other_is_busier():
     dispatcher, watch = made(("d", "decode"), ("p", "prefill"))
     decoding(dispatcher, "d", 6)

@@ -24,6 +24,7 @@ from xllm.wire.hub import Hub
 from xllm.wire.messages import Submit
 
 QUICK = Patience(progress_s=1.0, connect_s=1.0, pause_s=0.0)
+COMPILING = Patience(progress_s=60.0, connect_s=1.0, pause_s=0.0)  # on a card kernels are, before a first step
 
 
 class Over(Sharing):
@@ -80,8 +81,9 @@ class Member:
 
 
 @contextlib.contextmanager
-def member(model: Any, network: Network | str, name: str, backend: str = "cpu", *, give_up_s: float = 2.0, patience: Patience = QUICK, **changes: Any) -> Iterator[Member]:  # fmt: skip
+def member(model: Any, network: Network | str, name: str, backend: str = "cpu", *, give_up_s: float = 2.0, patience: Patience | None = None, **changes: Any) -> Iterator[Member]:  # fmt: skip
     hub = Hub([Listen("tcp://127.0.0.1:*")], name=name)
+    patience = patience or (COMPILING if backend.startswith("cuda") else QUICK)
     settings: dict[str, Any] = {"name": name, "patience": patience, "give_up_s": give_up_s}
     sharing = Over(network, **settings) if isinstance(network, Network) else Sharing(network, **settings)
     changes = {"kv_cache_memory_bytes": 512 * BLOCK_BYTES, **changes}

@@ -9,7 +9,8 @@ from tests import checkpoints
 from tests.engine.dialling import until
 from tests.engine.kv_in_process import Network
 from tests.engine.pd_pair import asked, member
-from tests.engine.pools import EVERYWHERE
+from tests.engine.pools import BLOCK_BYTES, EVERYWHERE
+from tests.executor.transports.giving import needs_mooncake
 
 BLOCK, OUTPUT = 8, 12
 
@@ -75,7 +76,7 @@ def test_prefixes_that_are_cached_are_not_sent_and_not_computed(model, prompts, 
         assert d.stats.fetched_blocks == (blocks if where == "p" else blocks - 2)
         if where != "d":
             until(lambda: p.stats.provisions == 1, "it has ended")
-            assert p.overall.prompt_tokens - computed == blocks * BLOCK - 16
+            assert p.overall.prompt_tokens - computed == len(prompts[3]) - 16
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16])
@@ -90,9 +91,24 @@ def test_prompts_come_in_chunks_on_either_side(model, prompts, truth, chunk):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "graphs"])
-def test_seeded_tokens_are_those_of_one_engine(model, prompts, backend):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.9, "top_p": 0.95, "seed": 5},
+        {"temperature": 0.9, "top_k": 20, "min_p": 0.01, "seed": 6, "logprobs": 2},
+        {
+            "repetition_penalty": 1.5,
+            "presence_penalty": 1.0,
+            "logit_bias": {7: 5.0},
+            "seed": 1,
+            "temperature": 1.0,
+        },
+        {"bad_words_token_ids": [[5], [9, 4]], "min_tokens": 3, "stop_token_ids": [*range(3, 67)]},
+    ],
+    ids=["seeded", "logprobs", "penalties", "stops"],
+)
+def test_sampled_tokens_are_those_of_one_engine(model, prompts, backend, sampling):
     network = Network()
-    sampling: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
     with member(model, network, "p", backend) as p, member(model, network, "d", backend) as d:
         alone = run_all(p, prompts, None, "alone", **sampling)
         p.core.scheduler.pool.reset_cache()
@@ -109,6 +125,22 @@ def test_a_third_engine_that_only_has_it_is_asked_for_no_more(model, prompts, tr
         assert has.overall.prompt_tokens == computed
         assert 0 < d.stats.fetched_blocks < sum((len(p) - 1) // BLOCK for p in prompts)
         assert d.stats.failures == {}
+
+
+def test_what_a_third_engine_has_in_host_memory_comes_up_for_a_peer(model, prompts, truth):
+    network = Network()
+    little: dict[str, Any] = {"kv_cache_memory_bytes": 12 * BLOCK_BYTES, "kv_offloading_size": 0.01}
+    with member(model, network, "has", **little) as has, member(model, network, "d") as d:
+        offload = has.core.scheduler.lower._offload
+        assert offload is not None
+        offload.cost.choose = lambda ways, block_size: 0 if ways else -1  # type: ignore[method-assign]
+        for prompt in [*prompts[3:], *prompts[:3]]:
+            run_all(has, [prompt], None)
+        computed = has.overall.prompt_tokens
+        assert run_all(d, prompts[3:4], has.kv_from(compute=False)) == truth[3:4]
+        assert d.stats.fetched_blocks == (len(prompts[3]) - 1) // BLOCK
+        assert has.overall.prompt_tokens == computed
+        assert has.overall.tiers[0].hits > 0
 
 
 def test_the_first_output_tells_what_came_from_a_peer(model, prompts):
@@ -132,8 +164,20 @@ def test_both_give_and_fetch_at_once(model, prompts, truth):
         assert a.stats.fetches > 0 < b.stats.fetches
 
 
-def test_over_tcp(model, prompts, truth):
-    with member(model, "tcp", "p") as p, member(model, "tcp", "d") as d:
+@pytest.mark.parametrize(
+    ("transport", "pool"),
+    [
+        ("tcp", "paged"),
+        pytest.param("mooncake", "paged", marks=needs_mooncake),
+        pytest.param("mooncake", "elastic", marks=needs_mooncake),
+        pytest.param("mooncake", "contiguous", marks=needs_mooncake),
+    ],
+)
+def test_over_tcp(model, prompts, truth, transport, pool):
+    with (
+        member(model, transport, "p", kv_pool=pool) as p,
+        member(model, transport, "d", kv_pool=pool) as d,
+    ):
         assert run_all(d, prompts, p.kv_from()) == truth
         assert d.stats.failures == {}
         assert d.stats.fetched_blocks > 10

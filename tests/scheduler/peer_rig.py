@@ -4,11 +4,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from tests.scheduler.fake_executor import history
+from tests.scheduler.fake_executor import alone, history, sample
 from tests.scheduler.rig import Rig, request
 from xllm.core.output import Finish, SequenceOutput
 from xllm.core.peers import Failure, Fetch, Fetched, GiveUp, KvFrom, Offering
 from xllm.core.plan import StepPlan
+from xllm.core.request import Request
 
 PEER = KvFrom("tcp://peer:1")
 
@@ -20,8 +21,11 @@ class PeerRig(Rig):
         self.arrived: dict[int, int] = {}  # by ticket: blocks
         self.fetched: list[Fetched] = []
         self.fails: Callable[[], bool] = lambda: False
+        self.samples = True  # whether peers sample first tokens where they are asked to
         self.patient = False  # whether what is offered waits for peers for ever
         self.computing: set[str] = set()
+        self.opening: dict[str, Request] = {}
+        self.first: dict[str, int] = {}  # tokens, by provision
         self.asked: dict[str, tuple[list[int], int]] = {}  # by provision: prompt and first block
         self.offers: deque[Offering] = deque()  # that are being looked at
         self.offered: dict[str, list[int]] = {}  # blocks that may be read
@@ -37,7 +41,7 @@ class PeerRig(Rig):
 
     def hear(self) -> None:
         news, self.fetched = self.fetched, []
-        self.scheduler.take_fetched(news)
+        self.take(self.scheduler.take_fetched(news, self.now))
         self.check()
 
     def tell(self) -> None:
@@ -75,20 +79,26 @@ class PeerRig(Rig):
             self.executor.memory[order.blocks[i], offset] = fingerprint if sound else -1
 
     def end_fetch(self, ticket: int, failure: Failure | None) -> None:
-        del self.fetches[ticket]
-        self.fetched.append(Fetched(ticket, self.arrived.pop(ticket), 0.01, failure))
+        order = self.fetches.pop(ticket)
+        token = None
+        if failure is None and order.opening is not None and self.samples:
+            known = history(order.cache_salt, [*order.token_ids, *order.opening.tail])
+            token = sample(known[-1], order.opening.seed)
+        self.fetched.append(Fetched(ticket, self.arrived.pop(ticket), 0.01, failure, token))
 
     # providing
 
-    def provide(self, id: str, prompt: list[int], first: int, compute: bool = True, salt: str = "") -> None:
+    def provide(self, id: str, prompt: list[int], first: int, compute: bool = True, salt: str = "", opening: bool = False) -> None:  # fmt: skip
         size = self.pool.block_size
-        whole = prompt[: len(prompt) // size * size]
+        whole = prompt if opening else prompt[: len(prompt) // size * size]
         one = request(id, whole, 1, arrival=self.now, cache_salt=salt, max_total_tokens=len(whole) + 1)
         self.executor.salts[id] = salt
         self.asked[id] = (history(salt, whole), first)
         self.offered[id] = []
-        if self.scheduler.provide(one, first, compute):
+        if self.scheduler.provide(one, first, compute, opening and compute):
             self.computing.add(id)
+            if opening:
+                self.opening[id] = one
         self.provider_turn()
 
     def provider_turn(self) -> None:
@@ -141,6 +151,11 @@ class PeerRig(Rig):
                 self.computing.discard(output.request_id)
                 if output.finish is Finish.ERROR:
                     self.scheduler.provisions.end(output.request_id, output.error)
+                elif output.request_id in self.opening:
+                    one = self.opening.pop(output.request_id)
+                    assert list(output.token_ids) == alone(one)[0]
+                    self.first[one.id] = output.token_ids[0]
+                    self.scheduler.provisions.opened(one.id)
         seen = super().take([output for output in outputs if output.request_id not in self.asked])
         self.provider_turn()
         return seen

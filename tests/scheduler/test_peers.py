@@ -35,6 +35,68 @@ def test_what_a_peer_has_is_not_computed():
     assert r.scheduler.stats().peers.fetched_blocks == 6
 
 
+@pytest.mark.parametrize("prompt", [[*LONG, 5], LONG])
+def test_the_first_token_comes_with_the_kv(prompt):
+    """And no step is waited for; whole blocks are all fetched, for only the token is left to be computed."""
+    r = rig()
+    one = fetching(r, prompt=prompt)
+    r.plan()
+    while not r.fetched:
+        r.work()
+    r.hear()
+    (first,) = r.outputs["fetches"]
+    assert (len(first.token_ids), first.fetched_tokens, one.num_cached_tokens) == (1, 24, 24)
+    assert first.queued_s >= 0.0
+    assert first.prefill_s <= 0.01
+    plan = r.plan()
+    assert (plan.starts, plan.counts) == ([24], [len(prompt) + 1 - 24])
+    r.apply()
+    r.drain().check_outputs()
+
+
+def test_a_first_token_may_be_the_last():
+    r = rig()
+    one = r.add(request("fetches", [*LONG, 5], 1, kv_from=PEER))
+    r.plan()
+    while not r.fetched:
+        r.work()
+    r.hear()
+    assert one.id not in r.scheduler._requests
+    assert r.outputs["fetches"][0].finish is Finish.LENGTH
+    assert r.plan() is None
+    r.drain().check_outputs()
+
+
+@pytest.mark.parametrize("asked", [{"logprobs": 1}, {"prompt_logprobs": 1}])
+def test_who_wants_to_know_more_of_a_token_samples_it_here(asked):
+    r = rig()
+    fetching(r, params=asked)
+    r.plan()
+    assert [order.opening for order in r.fetches.values()] in ([None], [])
+    r.drain().check_outputs()
+
+
+def test_no_token_is_taken_with_kv_that_did_not_come():
+    r = rig()
+    fetching(r)
+    r.plan()
+    r.fails = lambda: True
+    r.drain().check_outputs()
+    assert len(r.outputs["fetches"]) == 2
+
+
+@pytest.mark.parametrize("prompt", [LONG, [*LONG, 5, 6], [*LONG, 5, 6, 7]])
+@pytest.mark.parametrize("chunk", [4, 7, 64])
+def test_a_peer_is_told_the_first_token(prompt, chunk):
+    r = rig(long_prefill_token_threshold=chunk)
+    for id in ("computed", "cached"):
+        r.provide(id, prompt, 0, opening=True)
+        serve(r, id)
+        assert r.ended[id] == (6, None)
+        assert id in r.first
+    r.drain()
+
+
 def test_only_what_is_missing_is_fetched():
     r = rig()
     r.run(request("before", LONG[:10], 2))
@@ -302,9 +364,9 @@ class PeerLoad(Load):
 
     @initialize(
         limits=limits, names=names, burst=bursts, scarce=st.booleans(), host=st.sampled_from([0, 0, 5, 20]),
-        recorded=st.booleans(), trouble=st.sampled_from([0, 0, 3, 7]), pool=st.sampled_from(["", "", "elastic", "ranges"]),
+        recorded=st.booleans(), trouble=st.sampled_from([0, 0, 3, 7]), samples=st.booleans(), pool=st.sampled_from(["", "", "elastic", "ranges"]),
     )  # fmt: skip
-    def start(self, limits, names, burst, scarce, host, recorded, trouble, pool):
+    def start(self, limits, names, burst, scarce, host, recorded, trouble, samples, pool):
         limits["num_blocks"] = 14 + limits["num_blocks"] % 8
         if limits["prefix_caching"]:
             limits["host_slots"] = host
@@ -320,6 +382,7 @@ class PeerLoad(Load):
         if burst > 1:
             limits["depth"] = 1
         self.rig = PeerRig(max_model_len=MODEL_LEN, burst=burst, recorded=recorded, **limits, **names)
+        self.rig.samples = samples
         asked = iter(range(1, 10**9))
         self.rig.fails = lambda: bool(trouble) and next(asked) % trouble == 0
         if (offload := self.rig.offload) is not None:
@@ -335,11 +398,11 @@ class PeerLoad(Load):
         )  # fmt: skip
         self.rig.add(one)
 
-    @rule(arrival=arrivals, more=st.integers(4, 12), first=st.integers(0, 3), compute=st.booleans())
-    def a_peer_asks(self, arrival, more, first, compute):
+    @rule(arrival=arrivals, more=st.integers(4, 12), first=st.integers(0, 3), compute=st.booleans(), opening=st.booleans())  # fmt: skip
+    def a_peer_asks(self, arrival, more, first, compute, opening):
         prompt = [*arrival["prefix"], *[4] * more, *arrival["suffix"]]
         first = min(first, len(prompt) // 4 - 1)
-        self.rig.provide(f"p{len(self.rig.asked)}", prompt, first, compute, arrival["salt"])
+        self.rig.provide(f"p{len(self.rig.asked)}", prompt, first, compute, arrival["salt"], opening)
 
     @rule(count=st.integers(1, 9))
     def blocks_come(self, count):

@@ -6,6 +6,7 @@ from xllm.core.output import Finish, SequenceOutput
 from xllm.wire.ledger import NO_STATS, OWNERS_ONLY, Ledger
 from xllm.wire.messages import (
     Abort,
+    FirstToken,
     FollowKv,
     KvChange,
     KvChanges,
@@ -153,6 +154,7 @@ def test_what_is_provided_belongs_to_who_asked_until_it_ends():
     assert ledger.inward(1, Taken("a", 1), owner=False) == (Taken("1/a", 1), None)
     offer = Offer(request_id="2/a", descriptor=b"", first=0, blocks=[1], sums=[2], total=1)
     assert [client for client, _ in ledger.outward(offer)] == [2]
+    assert list(ledger.outward(FirstToken("2/a", 5))) == [(2, FirstToken("a", 5))]
     assert list(ledger.outward(Provided("2/a", 1))) == [(2, Provided("a", 1))]
     assert list(ledger.outward(offer)) == []
     assert ledger.total == 1

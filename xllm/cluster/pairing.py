@@ -21,6 +21,7 @@ TOKEN_S = 1e-4  # of prefill, before anything was measured
 MOVED = 0.1  # of the time to compute a token, that it takes to move its KV, before that was measured
 HELD = 0.5  # of the time that a prompt takes, every sequence that decodes beside it is held up
 ASKED_S = 0.002  # to ask a peer and to be answered
+FAR = 8  # times the tokens of the steps that were seen: so far a line through them tells nothing
 FEWEST_BLOCKS = 2  # below that it is not worth the question
 SHUNNED_S = 20.0  # a pair of which nothing comes is not tried again for a second, then for two, up to this
 
@@ -44,16 +45,19 @@ def pair(
     missing = ask.prompt_tokens - 1 - here
     if missing < FEWEST_BLOCKS * chosen.capacity.block_size:
         return None
-    local_s = _local_s(chosen, missing)
+    token_s = _token_s(chosen, missing, helpers)
+    local_s = _local_s(chosen, missing, token_s)
     best: tuple[float, Pairing] | None = None
     for view in helpers:
         there = cached_tokens(ask, view, held.get(view.id, NOTHING))
         if view.role == "prefill":
-            cost_s = _computed_s(view, ask.prompt_tokens - there, missing, moves, chosen)
+            cost_s = _computed_s(view, ask.prompt_tokens - there, missing, moves, chosen, token_s)
             compute = True
         elif there - here >= FEWEST_BLOCKS * chosen.capacity.block_size:
             cost_s = (
-                ASKED_S + _moved_s(moves, there - here, chosen) + _local_s(chosen, missing - (there - here))
+                ASKED_S
+                + _moved_s(moves, there - here, token_s)
+                + _local_s(chosen, missing - (there - here), token_s)
             )
             compute = False
         else:
@@ -76,40 +80,47 @@ def _can_help(view: InstanceView, chosen: InstanceView) -> bool:
     )  # fmt: skip
 
 
-def _local_s(view: InstanceView, tokens: int) -> float:
-    """Until the first token, and what the others there lose."""
+def _token_s(view: InstanceView, tokens: int, others: Iterable[InstanceView]) -> float:
+    """What a token of a prompt takes there. Whose steps were all small cannot tell: no less than it takes others."""
     _, token_s = view.steps.line()
-    own_s = view.ttft.factor * view.predict_ttft_s(max(1, tokens)) if token_s else tokens * TOKEN_S
+    if FAR * view.steps.mean_tokens < tokens:
+        token_s = max(token_s, *(other.steps.line()[1] for other in others))
+    return token_s or TOKEN_S
+
+
+def _local_s(view: InstanceView, tokens: int, token_s: float) -> float:
+    """Until the first token, and what the others there lose."""
+    predicted_s = view.ttft.factor * view.predict_ttft_s(max(1, tokens)) if view.steps.known else 0.0
+    own_s = max(predicted_s, tokens * token_s)
     decoding = max(0, view.active - view.ours.unanswered)
     if view.role == "decode":  # who comes to it meanwhile is held up too: others are there to compute prompts
         decoding = max(1, decoding)
-    return own_s + HELD * decoding * tokens * (token_s or TOKEN_S)
+    return own_s + HELD * decoding * tokens * token_s
 
 
-def _computed_s(view: InstanceView, todo: int, missing: int, moves: StepTimes, chosen: InstanceView) -> float:
+def _computed_s(view: InstanceView, todo: int, missing: int, moves: StepTimes, chosen: InstanceView, chosen_token_s: float) -> float:  # fmt: skip
     """A prefill instance computes `todo` tokens and `missing` are moved, most of them meanwhile."""
     _, token_s = view.steps.line()
     queued_s = view.queued_tokens * (token_s or TOKEN_S)
     own_s = view.ttft.factor * view.predict_ttft_s(max(1, todo)) if token_s else queued_s + todo * TOKEN_S
     chunk = min(missing, view.capacity.step_budget)  # the last one's transfer is waited for
-    beside_s = max(0.0, _moved_s(moves, missing - chunk, chosen) - own_s)
+    beside_s = max(0.0, _moved_s(moves, missing - chunk, chosen_token_s) - own_s)
     return (
         ASKED_S
         + own_s
         + beside_s
-        + _moved_s(moves, chunk, chosen)
-        + _local_s(chosen, chosen.capacity.block_size)
+        + _moved_s(moves, chunk, chosen_token_s)
+        + _local_s(chosen, chosen.capacity.block_size, chosen_token_s)
     )
 
 
-def _moved_s(moves: StepTimes, tokens: int, chosen: InstanceView) -> float:
+def _moved_s(moves: StepTimes, tokens: int, computed_s: float) -> float:
     if tokens <= 0:
         return 0.0
     base_s, token_s = moves.line()
     if moves.known:
         return base_s + tokens * token_s
-    _, computed_s = chosen.steps.line()
-    return MOVED * tokens * (computed_s or TOKEN_S)
+    return MOVED * tokens * computed_s
 
 
 @dataclass(slots=True)

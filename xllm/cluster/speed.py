@@ -38,6 +38,11 @@ class StepTimes:
     def known(self) -> bool:
         return self.weight > 0 and self.seconds > 0 and self.tokens > 0
 
+    @property
+    def mean_tokens(self) -> float:
+        """Of a step."""
+        return self.tokens / self.weight if self.weight else 0.0
+
     def line(self) -> tuple[float, float]:
         """`(base_s, token_s)`, neither negative; zeros where nothing was seen.
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from xllm.core.sampling import SamplingParams
+
 
 class KvFrom(msgspec.Struct, frozen=True, omit_defaults=True):
     """Whom to ask for the KV of a prompt, as far as it is not here."""
@@ -33,6 +35,15 @@ class Failure(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """How a request's first token is sampled, where the peer that computes its prompt does that, too."""
+
+    tail: Sequence[int]  # of the prompt, behind its last full block
+    params: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Fetch:
     """Fill `blocks` with the KV of a prompt's blocks from number `first` on. Brings exactly one `Fetched`."""
 
@@ -44,6 +55,7 @@ class Fetch:
     blocks: Sequence[int]
     priority: int
     deadline_s: float | None  # from now
+    opening: Opening | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,7 @@ class Fetched:
     count: int  # so many from the front are there and sound
     seconds: float
     failure: Failure | None = None
+    token: int | None = None  # the first of the answer, where the peer was to sample it and nothing failed
 
 
 FetchOrder = Fetch | GiveUp

@@ -107,8 +107,8 @@ class EngineCore:
 
     def step(self) -> list[SequenceOutput]:
         self.scheduler.take(self.executor.news())
-        if self._peers is not None:
-            self._peers.take()
+        if self._peers is not None and (opened := self._peers.take()):  # these wait for no step
+            self.inbox.send(Outputs(outputs=opened, stats=self.last_stats or self.scheduler.stats()))
         self._resize()
         plan = self.scheduler.plan(self.clock())
         self._map()

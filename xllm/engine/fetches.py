@@ -49,5 +49,6 @@ class Active:
     offered: int = 0  # blocks whose reading has begun
     sound: int = 0  # blocks that are there
     total: int | None = None  # that will be offered; not known yet
+    token: int | None = None  # the first of the answer
     parts: deque[Part] = field(default_factory=deque)
     failure: Failure | None = None

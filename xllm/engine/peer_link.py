@@ -10,7 +10,7 @@ from xllm.core.peers import Failure, Fetch, Fetched, FetchOrder, KvFrom
 from xllm.engine.fetches import Active, Means, Part
 from xllm.executor.transports.base import Peer, TransportError
 from xllm.wire.dial import Dial, State
-from xllm.wire.messages import Abort, Offer, Provide, Provided, Taken, WireError
+from xllm.wire.messages import Abort, FirstToken, Offer, Provide, Provided, Taken, WireError
 
 log = logging.getLogger(__name__)
 WAIT_S = 0.002  # for the oldest reading, before others have their turn
@@ -137,7 +137,7 @@ class PeerLink(threading.Thread):
             self._ask(self._dial, one)
 
     def _ask(self, dial: Dial, one: Active) -> None:
-        order = one.order
+        order, opening = one.order, one.order.opening
         one.asked = True
         one.moved = time.monotonic()
         self._send(
@@ -152,6 +152,9 @@ class PeerLink(threading.Thread):
                 compute=order.peer.compute,
                 priority=order.priority,
                 deadline_s=order.deadline_s,
+                tail_token_ids=() if opening is None else opening.tail,
+                params=None if opening is None else opening.params,
+                seed=0 if opening is None else opening.seed,
             ),
         )
 
@@ -167,17 +170,26 @@ class PeerLink(threading.Thread):
         if dial is None:
             return
         while (message := dial.receive(0.0)) is not None:
-            if isinstance(message, Offer | Provided) and (one := self._active.get(message.request_id)):
+            if not isinstance(message, Offer | FirstToken | Provided):
+                continue
+            if (one := self._active.get(message.request_id)) is not None:
                 one.moved = time.monotonic()
-                if isinstance(message, Offer):
-                    self._begin(one, message)
-                else:
-                    self._provided(one, message)
+                self._heard(one, message)
         if dial.state is State.LOST:
             log.info("KV from %s: %s", self._to.address, dial.reason)
             self._break(
                 Failure.LOST if any(one.asked for one in self._active.values()) else Failure.UNREACHABLE
             )
+
+    def _heard(self, one: Active, message: Offer | FirstToken | Provided) -> None:
+        match message:
+            case Offer():
+                self._begin(one, message)
+            case FirstToken(token_id=token):
+                one.token = token
+                self._settle(one)
+            case Provided():
+                self._provided(one, message)
 
     def _begin(self, one: Active, offer: Offer) -> None:
         if one.failure is not None:
@@ -258,9 +270,16 @@ class PeerLink(threading.Thread):
 
     def _settle(self, one: Active) -> None:
         """Tell of it where it has ended and nothing is being read."""
-        done = one.failure is not None or one.sound == one.total
-        if done and not one.parts and self._active.pop(one.id, None) is not None:
-            self._tell(Fetched(one.order.ticket, one.sound, time.monotonic() - one.begun, one.failure))
+        complete = one.sound == one.total and (
+            one.order.opening is None or one.token is not None or one.ended
+        )
+        if (
+            (complete or one.failure is not None)
+            and not one.parts
+            and self._active.pop(one.id, None) is not None
+        ):
+            token = one.token if one.failure is None else None
+            self._tell(Fetched(one.order.ticket, one.sound, time.monotonic() - one.begun, one.failure, token))
 
     def _fail(self, one: Active, why: Failure) -> None:
         """The first reason stays. What is being read is waited for."""

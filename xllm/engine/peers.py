@@ -45,12 +45,13 @@ class Peers:
         """Until there is news, or for so long."""
         self._news.wait(seconds)
 
-    def take(self) -> None:
-        """Before a step is planned: what has come."""
+    def take(self) -> list[SequenceOutput]:
+        """Before a step is planned: what has come, and first tokens among it."""
         self._news.clear()
-        if news := self._fetcher.news():
-            self._scheduler.take_fetched(news)
+        news = self._fetcher.news()
+        outputs = self._scheduler.take_fetched(news, self._clock()) if news else []
         self._provider.turn(self._clock())
+        return outputs
 
     def give(self) -> None:
         """After something was planned or applied: what is wanted, and what others may have."""

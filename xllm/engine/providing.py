@@ -9,6 +9,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from msgspec.structs import replace
+
 from xllm.core.errors import XllmError
 from xllm.core.output import SequenceOutput
 from xllm.core.peers import Offering
@@ -16,7 +18,7 @@ from xllm.core.sampling import SamplingParams
 from xllm.engine.admission import Admission
 from xllm.executor.transports.base import Transport
 from xllm.scheduler.scheduler import Scheduler
-from xllm.wire.messages import FromEngine, Offer, Provide, Provided, Submit, Taken
+from xllm.wire.messages import FirstToken, FromEngine, Offer, Provide, Provided, Submit, Taken
 
 log = logging.getLogger(__name__)
 GIVE_UP_S = 10.0  # what a peer does not take for so long, and says nothing, is kept no longer
@@ -24,6 +26,11 @@ CLOSE_S = 5.0
 UNSEEN = SamplingParams(
     max_tokens=1, temperature=0.0, ignore_eos=True
 )  # whoever computes samples one token at the end
+
+
+def _one_token(params: SamplingParams) -> SamplingParams:
+    """To sample the first as these say. What ends an answer is for whoever answers to say, and this may not yet."""
+    return replace(params, max_tokens=1, min_tokens=min(1, params.min_tokens))
 
 
 class Provider:
@@ -43,6 +50,7 @@ class Provider:
         self._give_up_s = give_up_s
         self._notify = notify
         self._computing: set[str] = set()  # requests of ours whose output nobody is to see
+        self._opening: set[str] = set()  # but for their first token, which the peer is to be told
         self._heard: dict[
             str, float
         ] = {}  # by provision: when its peer last said something, or was told something
@@ -86,7 +94,15 @@ class Provider:
                 self._computing.discard(output.request_id)
                 if output.error is not None:
                     self._provisions.end(output.request_id, output.error)
+                elif output.request_id in self._opening:
+                    self._opened(output)
         return seen
+
+    def _opened(self, output: SequenceOutput) -> None:
+        self._opening.discard(output.request_id)
+        if output.token_ids:
+            self._send(FirstToken(request_id=output.request_id, token_id=output.token_ids[0]))
+        self._provisions.opened(output.request_id)
 
     def turn(self, now: float) -> None:
         """What has changed since the last time goes out."""
@@ -105,6 +121,7 @@ class Provider:
                 self._provisions.end(id, f"nothing was taken for {self._give_up_s:g} s")
         for id, count, why in self._provisions.ends():
             self._heard.pop(id, None)
+            self._opening.discard(id)
             if id in self._computing:
                 self._scheduler.abort(id)
                 self._computing.discard(id)
@@ -127,6 +144,7 @@ class Provider:
             return "its KV is of another model, other weights or another layout"
         if (
             len(message.prompt_token_ids) % size
+            or len(message.tail_token_ids) >= size
             or not 0 <= message.first_block < len(message.prompt_token_ids) // size
         ):
             return "that is no whole blocks"
@@ -135,20 +153,23 @@ class Provider:
         return None
 
     def _begin(self, message: Provide, now: float) -> None:
+        opening = message.params is not None and message.compute
         wanted = Submit(
             request_id=message.request_id,
-            prompt_token_ids=message.prompt_token_ids,
-            params=UNSEEN,
+            prompt_token_ids=[*message.prompt_token_ids, *message.tail_token_ids],
+            params=UNSEEN if message.params is None else _one_token(message.params),
             priority=message.priority,
             deadline_s=message.deadline_s,
             cache_salt=message.cache_salt,
-            seed=0,
+            seed=message.seed,
         )
         request = self._admission.request(wanted, now)
         self._heard[request.id] = now
         try:
-            if self._scheduler.provide(request, message.first_block, message.compute):
+            if self._scheduler.provide(request, message.first_block, message.compute, opening):
                 self._computing.add(request.id)
+                if opening:
+                    self._opening.add(request.id)
         except BaseException:
             del self._heard[request.id]
             raise

@@ -114,11 +114,15 @@ class Entrance:
 
     def _fetch_over(self, request: Request, hits: Sequence[int]) -> bool:
         peers, tables = self._peers, self._tables
-        first, end = len(hits), tables.limit(request)
-        count = peers.wanted(request, first, end)
-        if not count or not self._admission(self._demand(request, hits)):
+        first = len(hits)
+        if not peers.wanted(request, first, tables.limit(request)):
             return False
-        peers.fetch(request, hits, request.block_hashes[first:end], tables.origins(request, first, count))
+        if not self._admission(self._demand(request, hits)):
+            return False
+        # whose first token comes with it need not compute any of its last block
+        end = len(tables.names(request)) if peers.opens(request) else tables.limit(request)
+        names = request.block_hashes[first:end]
+        peers.fetch(request, hits, names, tables.origins(request, first, len(names)))
         self.waiting.pop()
         return True
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from xllm.core.peers import Fetch, Fetched, FetchOrder, GiveUp
+from xllm.core.peers import Fetch, Fetched, FetchOrder, GiveUp, Opening
 from xllm.core.request import Phase, Request
 from xllm.kv.events import Origin
 from xllm.kv.pool import BlockPool
@@ -60,9 +60,16 @@ class PeerFetches:
         """How many blocks behind the `cached` first should be fetched, of `limit` that may be; 0: none, let it run."""
         return max(0, limit - cached) if self._reachable and request.kv_from is not None else 0
 
+    def opens(self, request: Request) -> bool:
+        """Whether the peer samples the first token, too: it computes the prompt, and only the token is told of it."""
+        params, peer = request.params, request.kv_from
+        told_more = params.logprobs is not None or params.prompt_logprobs is not None
+        return peer is not None and peer.compute and not request.output_token_ids and not told_more
+
     def fetch(self, request: Request, cached: Sequence[int], names: Sequence[bytes], origins: Sequence[Origin | None]) -> None:  # fmt: skip
         """Start, for the blocks called `names` behind the cached ones; the caller has seen to it that so many are
         available. A request is fetched for once: should it wait again, it has no peer any more."""
+        opens = self.opens(request)
         peer, request.kv_from = request.kv_from, None
         assert peer is not None, "only what is wanted is fetched"
         pool, first = self._pool, len(cached)
@@ -70,17 +77,20 @@ class PeerFetches:
         blocks = pool.allocate(len(names))
         assert blocks is not None, "a fetch was started without the memory for it"
         ticket = next(self._tickets)
+        end = (first + len(names)) * pool.block_size
+        tail = request.known_tokens(end, request.num_known) if opens else ()
         self._fetches[ticket] = _Fetch(request, cached, blocks, names, origins)
         self._orders.append(
             Fetch(
                 ticket,
                 peer,
-                request.known_tokens(0, (first + len(names)) * pool.block_size),
+                request.known_tokens(0, end),
                 request.cache_salt,
                 first,
                 blocks,
                 request.priority,
                 None if request.deadline is None else request.deadline - self.now,
+                Opening(tail, request.params, request.seed) if opens else None,
             )
         )
         request.phase = Phase.FETCHING
@@ -95,9 +105,9 @@ class PeerFetches:
         orders, self._orders = self._orders, []
         return orders
 
-    def take(self, news: Sequence[Fetched]) -> list[Request]:
-        """What became of the orders. Returns the requests that wait again."""
-        back: list[Request] = []
+    def take(self, news: Sequence[Fetched]) -> list[tuple[Request, int | None]]:
+        """What became of the orders. Returns the requests that wait again, each with its first token where that has come."""
+        back: list[tuple[Request, int | None]] = []
         for done in news:
             fetch = self._fetches.pop(done.ticket)
             self._count(done)
@@ -109,7 +119,8 @@ class PeerFetches:
                 request.phase = Phase.WAITING
                 request.fetched_tokens = done.count * self._pool.block_size if fetch.trusted else 0
                 request.fetch_s = done.seconds
-                back.append(request)
+                request.num_cached_tokens = len(fetch.cached) * self._pool.block_size + request.fetched_tokens
+                back.append((request, done.token if fetch.trusted else None))
         return back
 
     def clear(self) -> None:

@@ -35,6 +35,7 @@ class Provision:
     ready: int = 0
     taken: int = 0
     looked_at: int = 0  # offers whose checksums are being made
+    opening: bool = False  # the first token behind the prompt is wanted, and not known yet
     over: bool = False
 
     @property
@@ -67,12 +68,19 @@ class Provisions:
 
     def begin(
         self, id: str, request: Request | None, names: Sequence[bytes], first: int, total: int, found: Sequence[int], sure_after: int,
-        coming: Request | None = None,
+        coming: Request | None = None, opening: bool = False,
     ) -> None:  # fmt: skip
         """`found` are the cached ones among its blocks, from the front; they are written once step `sure_after` has ended."""
-        one = self._all[id] = Provision(id, request, names, first, total, sure_after, coming)
+        one = self._all[id] = Provision(id, request, names, first, total, sure_after, coming, opening=opening)
         if self._hold(one, found):
             one.found = len(found)
+            self._finish(one)
+
+    def opened(self, id: str) -> None:
+        """The peer has been told the first token."""
+        one = self._all.get(id)
+        if one is not None and not one.over:
+            one.opening = False
             self._finish(one)
 
     def brought(self, request: Request, cached: Sequence[int]) -> None:
@@ -179,7 +187,7 @@ class Provisions:
         return True
 
     def _finish(self, one: Provision) -> None:
-        if one.taken == one.total and not one.over:
+        if one.taken == one.total and not one.opening and not one.over:
             self.end(one.id, None)
 
     def _unlook(self, one: Provision) -> bool:

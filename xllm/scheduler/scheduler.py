@@ -228,19 +228,36 @@ class Scheduler:
             if not self._in_flight:
                 self.provisions.confirm(self._step)
 
-    def take_fetched(self, news: Sequence[Fetched]) -> None:
-        """The same of the orders of `peers`."""
-        for request in self.peers.take(news):
-            self._entrance.waiting.push(request)
+    def take_fetched(self, news: Sequence[Fetched], now: float) -> list[SequenceOutput]:
+        """The same of the orders of `peers`. Some have got their first token with it."""
+        outputs: list[SequenceOutput] = []
+        for request, token in self.peers.take(news):
+            output = None if token is None else self._open(request, token, now)
+            if output is not None:
+                outputs.append(output)
+            if request.phase is Phase.WAITING:
+                self._entrance.waiting.push(request)
+        return outputs
 
-    def provide(self, request: Request, first: int, compute: bool) -> bool:
-        """Have the blocks of a prompt from number `first` on ready for a peer (`provisions`, under the request's id), which
-        may end at any time. The prompt is whole blocks. True where the request is to compute them: whoever ends the provision
-        aborts it. `InvalidRequest` where it can never be computed here."""
+    def _open(self, request: Request, token: int, now: float) -> SequenceOutput:
+        """A peer has computed its prompt and sampled its first token: it goes on from there, as if it had been preempted."""
+        request.first_scheduled = max(request.arrival, now - request.fetch_s)
+        self.pool.count_lookup(request.num_known, request.num_cached_tokens)
+        tokens, finish = outcome.accept(request, (token,))
+        self._generation_tokens += 1
+        output = outcome.news(request, tokens, finish, None, (), now)
+        if finish is not None:
+            self._close(request)
+        return output
+
+    def provide(self, request: Request, first: int, compute: bool, opening: bool = False) -> bool:
+        """Have the full blocks of a prompt from number `first` on ready for a peer (`provisions`, under the request's id),
+        which may end at any time. True where the request is to compute them, or, if `opening`, the first token behind them:
+        whoever ends the provision aborts it. `InvalidRequest` where it can never be computed here."""
         names = self._tables.names(request)
         cached = self.pool.match(names)
         found = cached[first:]
-        computes = compute and len(found) < len(names) - first
+        computes = compute and (opening or len(found) < len(names) - first)
         if computes and self.add(request) is not None:
             raise InvalidRequest("a provision has no output")
         coming = (
@@ -251,6 +268,7 @@ class Scheduler:
         self.provisions.begin(
             request.id, request if computes else None, names, first, len(names) - first if computes else len(found) + coming,
             found, self._in_flight[-1].plan.step if self._in_flight else 0, coming=request if coming else None,
+            opening=computes and opening,
         )  # fmt: skip
         if not self._in_flight:
             self.provisions.confirm(self._step)

@@ -24,6 +24,7 @@ from xllm.wire.ledger import Ledger
 from xllm.wire.messages import (
     Beat,
     Fault,
+    FirstToken,
     FromHub,
     Goodbye,
     Hello,
@@ -243,7 +244,7 @@ class Hub:
 
     def _give_out(self, message: Any) -> None:
         try:
-            if isinstance(message, Outputs | Reply | KvChanges | Offer | Provided):
+            if isinstance(message, Outputs | Reply | KvChanges | Offer | FirstToken | Provided):
                 for number, news in self._ledger.outward(message):
                     if (client := self._by_number.get(number)) is not None:
                         self._post(client, news)

@@ -9,6 +9,7 @@ from xllm.core.output import Finish, SequenceOutput
 from xllm.core.stats import SchedulerStats
 from xllm.wire.messages import (
     Abort,
+    FirstToken,
     FollowKv,
     FromEngine,
     KvChanges,
@@ -114,14 +115,14 @@ class Ledger:
                 return self._call(client, message), None
 
     def outward(
-        self, message: Outputs | Reply | KvChanges | Offer | Provided
+        self, message: Outputs | Reply | KvChanges | Offer | FirstToken | Provided
     ) -> Iterable[tuple[int, FromEngine]]:
         """-> who gets what of it. What is for clients that have left is for nobody."""
         if isinstance(message, Outputs):
             return self._outputs(message)
         if isinstance(message, KvChanges):
             return [(client, message) for client in sorted(self._followers)]
-        if isinstance(message, Offer | Provided):
+        if isinstance(message, Offer | FirstToken | Provided):
             return self._provision(message)
         client, call_id = self._calls.pop(message.call_id, (None, 0))
         if client is None:
@@ -146,7 +147,7 @@ class Ledger:
             by_client.setdefault(client, []).append(replace(output, request_id=id))
         return [(client, Outputs(outputs=news, stats=message.stats)) for client, news in by_client.items()]
 
-    def _provision(self, message: Offer | Provided) -> list[tuple[int, FromEngine]]:
+    def _provision(self, message: Offer | FirstToken | Provided) -> list[tuple[int, FromEngine]]:
         if (asked := self._asked.get(message.request_id)) is None:
             return []
         client, id = asked

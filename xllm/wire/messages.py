@@ -16,7 +16,7 @@ from xllm.core.peers import KvFrom
 from xllm.core.sampling import SamplingParams
 from xllm.core.stats import SchedulerStats
 
-VERSION = 6
+VERSION = 7
 
 
 class WireError(XllmError):
@@ -96,7 +96,7 @@ class FollowKv(_Message, frozen=True):
 class Provide(_Message, frozen=True):
     """From another engine: have the KV of a prompt's blocks `first_block` to the last full one ready to be read, as `Offer`s.
     The answer ends with one `Provided`; an `Abort` of the id asks for it. What does not fit (`block_size`, `fingerprint`)
-    is refused."""
+    is refused. With `params` the first token of the answer is sampled as well: a `FirstToken`."""
 
     request_id: str
     prompt_token_ids: Sequence[int]  # whole blocks
@@ -107,6 +107,9 @@ class Provide(_Message, frozen=True):
     compute: bool = True  # else only what is here already
     priority: int = 0
     deadline_s: float | None = None
+    tail_token_ids: Sequence[int] = ()  # of the prompt, behind its last full block
+    params: SamplingParams | None = None
+    seed: int = 0
 
 
 class Taken(_Message, frozen=True):
@@ -197,6 +200,13 @@ class Offer(_Message, frozen=True):
     total: int  # how many it will be in all
 
 
+class FirstToken(_Message, frozen=True):
+    """What follows the prompt whose KV is being provided."""
+
+    request_id: str
+    token_id: int
+
+
 class Provided(_Message, frozen=True):
     """The end of a provision: nothing is kept for it any more."""
 
@@ -232,7 +242,7 @@ ToEngine = (
     | StopTrace
     | Shutdown
 )
-FromEngine = Loading | Ready | Outputs | Heartbeat | KvChanges | Offer | Provided | Reply | Fault
+FromEngine = Loading | Ready | Outputs | Heartbeat | KvChanges | Offer | FirstToken | Provided | Reply | Fault
 Message = ToEngine | FromEngine
 
 
