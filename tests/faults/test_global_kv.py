@@ -2,13 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
 from tests.faults.pd import helped, known, metrics, prompts, until_at_rest
 from tests.faults.rig import Router, cluster, until
 
 PLACES = 4
-PREFIX, TOKENS = 1200, 400
+PREFIX, TOKENS = 1200, 700
 FLAGS = ("--max-num-seqs", str(PLACES), "--kv-cache-memory-bytes", str(128 << 20))
 
 
@@ -32,12 +33,16 @@ def test_a_prefix_comes_from_the_one_that_has_it_and_is_busy():
         there = stage["instance"]
         here = {"a": "b", "b": "a"}[there]
         until(lambda: blocks(router, there) > before[there] + PREFIX // 16, "the router knows of it")
-        with ThreadPoolExecutor(PLACES) as pool:
+        with httpx.Client(timeout=60) as direct, ThreadPoolExecutor(PLACES) as pool:
             running = [
-                pool.submit(router.complete, **one.body, max_tokens=TOKENS, cache_salt=salt)
+                pool.submit(
+                    direct.post,
+                    f"{urls[there]}/v1/completions",
+                    json={"model": "demo", **one.body, "max_tokens": TOKENS, "cache_salt": salt},
+                )
                 for one in questions[:PLACES]
             ]
-            until(lambda: router.instances()[there]["requests"] == PLACES, f"{there} is full")
+            until(lambda: router.instances()[there]["running"] == PLACES, f"{there} is full")
             answer = router.complete(**questions[PLACES].body, max_tokens=TOKENS, cache_salt=salt).json()
         assert answer["choices"][0]["token_ids"] == questions[PLACES].tokens
         for one, question in zip(running, questions, strict=False):
