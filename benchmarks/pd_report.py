@@ -49,7 +49,8 @@ def page(record: dict[str, Any]) -> str:
 def where(record: dict[str, Any]) -> str:
     machine = record["machine"]
     if record["device"] == "cuda":
-        return f"{record['cards']} of {machine.get('gpus') or 'the cards'}"
+        cards = machine.get("gpus") or ["unknown"]
+        return f"{record['cards']} of {len(cards)} cards {cards[0]}"
     return f"{machine['cpu']['usable_cores']} cores of {machine['cpu']['model']}, an instance computes with one thread"
 
 
