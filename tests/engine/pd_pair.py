@@ -24,7 +24,9 @@ from xllm.wire.hub import Hub
 from xllm.wire.messages import Submit
 
 QUICK = Patience(progress_s=1.0, connect_s=1.0, pause_s=0.0)
-COMPILING = Patience(progress_s=60.0, connect_s=1.0, pause_s=0.0)  # on a card kernels are, before a first step
+COMPILING = Patience(
+    progress_s=60.0, connect_s=1.0, pause_s=0.0
+)  # on a card kernels are, before a first step
 
 
 class Over(Sharing):
