@@ -81,10 +81,10 @@ class Pair:
         self._found = {one["id"]: one for one in ask(self.router, "/v1/instances")["data"]}
         return self
 
-    def peer(self) -> KvFrom:
-        """The first instance, to get KV from."""
+    def peer(self, compute: bool = True) -> KvFrom:
+        """The first instance, to get KV from, and what it has not got yet if it is to `compute`."""
         one = self._found[self.names[0]]
-        return KvFrom(one["address"], one["id"], one["epoch"])
+        return KvFrom(one["address"], one["id"], one["epoch"], compute)
 
     def direct(self, n: int) -> Direct:
         return Direct(self._found[self.names[n]]["address"])
@@ -176,7 +176,7 @@ def blocks(asked: argparse.Namespace) -> list[dict[str, Any]]:
     for size in asked.sizes:
         with Rig() as rig:
             pair = Pair(rig, asked, "pd", "--block-size", str(size)).ready()
-            there, own, peer = pair.direct(0), pair.direct(1), pair.peer()
+            there, own, peer = pair.direct(0), pair.direct(1), pair.peer(compute=False)  # nor a first token
             for repeat in range(asked.pairs + 2):  # the first ones connect
                 id = f"kv {size} {repeat}"
                 prompt = prompt_of(asked, id, tokens)
