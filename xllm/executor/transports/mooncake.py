@@ -35,6 +35,7 @@ from xllm.executor.transports.base import (
     unpack,
 )
 from xllm.executor.transports.mooncake_engines import SLOT_BYTES, Piece, Reader, Route, load, open_engine
+from xllm.executor.transports.open_peers import OpenPeers
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,7 @@ class MooncakeTransport:
         self._lock = threading.Lock()
         self._readers: list[Reader] = []
         self._idle: list[Reader] = []
-        self._peers: set[MooncakePeer] = set()
-        self._closed = False
+        self._peers: OpenPeers[MooncakePeer] = OpenPeers()
         described = blocks.describe(KIND, b"")
         self._epoch = ctypes.create_string_buffer(described.epoch, EPOCH_BYTES)
         self._lane = Lane("xllm-kv-mooncake-serve")
@@ -100,22 +100,13 @@ class MooncakeTransport:
         except TransportError:
             peer.close()
             raise
-        with self._lock:
-            if not self._closed:
-                self._peers = {each for each in self._peers if not each.closed} | {peer}
-                return peer
-        peer.close()
-        raise TransportError("this engine's transport is closed")
+        return self._peers.add(peer)
 
     def close(self) -> None:
+        if not self._peers.close():
+            return
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            peers, self._peers = self._peers, set()
             readers = self._readers
-        for peer in peers:
-            peer.close()
         for reader in readers:
             reader.close()
         until = time.monotonic() + CLOSE_S + 2.0 * len(readers)
@@ -149,7 +140,7 @@ class MooncakeTransport:
     def _reader_for(self, target: str) -> Reader:
         """One that is free, if possible such as has not known another process there."""
         with self._lock:
-            if self._closed:
+            if self._peers.closed:
                 raise TransportError("this engine's transport is closed")
             fit = [reader for reader in self._idle if target not in reader.stale]
             if not fit and len(self._readers) < MOST_READERS:

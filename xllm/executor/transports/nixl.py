@@ -37,6 +37,7 @@ from xllm.executor.transports.base import (
     unpack,
 )
 from xllm.executor.transports.nixl_agents import card_of, load, open_agent, rows_of, this_host, use_card
+from xllm.executor.transports.open_peers import OpenPeers
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,7 @@ class NixlTransport:
             )
         self._api = load()
         self._blocks = blocks
-        self._lock = threading.Lock()
-        self._peers: set[NixlPeer] = set()
+        self._peers: OpenPeers[NixlPeer] = OpenPeers()
         self._closing = threading.Event()
         described = blocks.describe(KIND, b"")
         self._agent = open_agent(self._api, f"xllm-{described.epoch.hex()}", blocks, same_host=True)
@@ -79,20 +79,11 @@ class NixlTransport:
 
     def connect(self, descriptor: bytes) -> "NixlPeer":
         description = unpack(descriptor, KIND, self._blocks)
-        peer = NixlPeer(self._api, self._blocks, description)
-        with self._lock:
-            if not self._closing.is_set():
-                self._peers = {each for each in self._peers if not each.closed} | {peer}
-                return peer
-        peer.close()
-        raise TransportError("this engine's transport is closed")
+        return self._peers.add(NixlPeer(self._api, self._blocks, description))
 
     def close(self) -> None:
-        with self._lock:
-            self._closing.set()
-            peers, self._peers = self._peers, set()
-        for peer in peers:
-            peer.close()
+        self._closing.set()
+        self._peers.close()
         self._thread.join()
         self._agent = None  # the end of it
 

@@ -24,6 +24,7 @@ from xllm.executor.transports.base import (
     pack,
     unpack,
 )
+from xllm.executor.transports.open_peers import OpenPeers
 from xllm.executor.transports.staging import open_access
 from xllm.executor.transports.tcp_serving import Serving
 
@@ -45,9 +46,7 @@ class TcpTransport:
         host = settings.advertise or settings.listen
         if host in _ANY:
             host = socket.gethostname()
-        self._lock = threading.Lock()
-        self._peers: set[TcpPeer] = set()
-        self._closed = False
+        self._peers: OpenPeers[TcpPeer] = OpenPeers()
         described = blocks.describe(KIND, b"")
         self._serving = Serving(blocks, settings.token, described.epoch, settings.listen)
         place = msgspec.msgpack.encode((host, self._serving.port))
@@ -62,20 +61,11 @@ class TcpTransport:
             host, port = msgspec.msgpack.decode(description.place, type=tuple[str, int])
         except msgspec.MsgspecError as e:
             raise TransportError(f"a peer's address cannot be read: {e}") from e
-        peer = TcpPeer(self._blocks, description, _enter(host, port, self._token, description.epoch))
-        with self._lock:
-            if not self._closed:
-                self._peers = {each for each in self._peers if not each.closed} | {peer}
-                return peer
-        peer.close()
-        raise TransportError("this engine's transport is closed")
+        connection = _enter(host, port, self._token, description.epoch)
+        return self._peers.add(TcpPeer(self._blocks, description, connection))
 
     def close(self) -> None:
-        with self._lock:
-            self._closed = True
-            peers, self._peers = self._peers, set()
-        for peer in peers:
-            peer.close()
+        self._peers.close()
         self._serving.close()
 
 
