@@ -247,6 +247,7 @@ class Scheduler:
         self._generation_tokens += 1
         output = outcome.news(request, tokens, finish, None, (), now)
         if finish is not None:
+            self.lower.used(request)
             self._close(request)
         return output
 
@@ -260,15 +261,13 @@ class Scheduler:
         computes = compute and (opening or len(found) < len(names) - first)
         if computes and self.add(request) is not None:
             raise InvalidRequest("a provision has no output")
-        coming = (
-            0
-            if computes
-            else max(0, len(cached) + self._entrance.bring_up(request, cached) - first) - len(found)
-        )
+        total = len(names) - first
+        if not computes:
+            total = max(0, len(cached) + self._entrance.bring_up(request, cached) - first)
         self.provisions.begin(
-            request.id, request if computes else None, names, first, len(names) - first if computes else len(found) + coming,
-            found, self._in_flight[-1].plan.step if self._in_flight else 0, coming=request if coming else None,
-            opening=computes and opening,
+            request.id, request if computes else None, names, first, total, found,
+            self._in_flight[-1].plan.step if self._in_flight else 0,
+            coming=request if not computes and total > len(found) else None, opening=computes and opening,
         )  # fmt: skip
         if not self._in_flight:
             self.provisions.confirm(self._step)
